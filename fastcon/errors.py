@@ -1,0 +1,28 @@
+"""The one error class of fastcon: a message for the person who can act on it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class FastconError(Exception):
+    """Something the user can mend: the message names both sides and the way out, on one line."""
+
+
+class UsageError(FastconError):
+    """An option that cannot be: the command line exits with 2 for it."""
+
+
+class Interrupted(FastconError):
+    """A signal asked the run to stop; its state is saved and the same command resumes it."""
+
+
+def optional_import(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra of fastcon brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise FastconError(
+            f"{module} is not installed ({error}): pip install 'fastcon[{extra}]' brings it"
+        ) from error

@@ -1,0 +1,512 @@
+"""MODEL specs → a `Classifier`: a network whose last layer is a set of named heads, and its preprocessing.
+
+    torchvision:resnet50 · torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors
+    timm:NAME[@pretrained|@weights] · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
+    options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2
+
+Every architecture keeps its own forward pass: its classifying layer (the last Linear, or the last Conv2d where
+there is none, as in SqueezeNet) is widened to the classes of all heads, and what comes after it applies to each
+class alike. Features are what that layer is given. Weights are read as safetensors or with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from fastcon.errors import FastconError, optional_import
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RUN_WEIGHTS = ("student.safetensors", "model.safetensors")
+RUN_HEADS = "heads.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head: its name, its class names, and "softmax" or "sigmoid" (multi-label)."""
+
+    name: str
+    classes: tuple[str, ...]
+    kind: str = "softmax"
+
+
+class Heads(nn.Module):
+    """The classifying layer of a network, as wide as the classes of all heads; computes in float32."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.bypass = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of all heads, side by side; the input itself while bypassed."""
+        if self.bypass:
+            return x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
+
+
+class Classifier(nn.Module):
+    """A network with named heads and its own preprocessing.
+
+    Called with uint8 pixels [B, 3, H, W] it returns float32 logits [B, C of all heads together].
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        heads: Sequence[Head],
+        *,
+        architecture: str,
+        size: int,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.architecture, self.size = architecture, size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.head_path = head_path(net, architecture)
+        layer = net.get_submodule(self.head_path)
+        self.net = net
+        self._set_head(layer if isinstance(layer, Heads) else Heads(layer))  # type: ignore[arg-type]
+        self.heads = list(heads)
+        scale = 1.0 / (255.0 * torch.tensor(std))
+        self.register_buffer("_scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits of all heads, side by side, for uint8 pixels [B, 3, H, W]."""
+        return self.net(pixels.float() * self._scale + self._shift)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the heads are given: float32 [B, D] (a map is averaged over its places)."""
+        module = self.head_module
+        module.bypass = True
+        try:
+            out = self.forward(pixels)
+        finally:
+            module.bypass = False
+        return out.float().mean(dim=(2, 3)) if out.ndim == 4 else out.float()
+
+    def split(self, logits: Tensor) -> dict[str, Tensor]:
+        """Logits of all heads → {head: [B, C]}."""
+        widths = [len(head.classes) for head in self.heads]
+        return dict(zip([head.name for head in self.heads], logits.split(widths, dim=1), strict=True))
+
+    @property
+    def head_module(self) -> Heads:
+        """The module that holds the heads' weights."""
+        module = self.net.get_submodule(self.head_path)
+        assert isinstance(module, Heads)
+        return module
+
+    @property
+    def feature_size(self) -> int:
+        """Width D of the features."""
+        return self.head_module.layer.weight.shape[1]
+
+    def head_index(self, name: str) -> tuple[Head, slice]:
+        """A head and its columns among the logits."""
+        start = 0
+        for head in self.heads:
+            if head.name == name:
+                return head, slice(start, start + len(head.classes))
+            start += len(head.classes)
+        raise FastconError(f"no head {name!r}: there are {', '.join(head.name for head in self.heads)}")
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that is not a head's."""
+        own = {id(p) for p in self.head_module.parameters()}
+        return [p for p in self.parameters() if id(p) not in own]
+
+    def replace_heads(self, heads: Sequence[Head], *, keep: Mapping[str, int], seed: int) -> None:
+        """Give the network other heads. `keep`: head name → position of the present head whose weights it takes.
+
+        The rest start at random, as PyTorch initialises such a layer, from `seed`.
+        """
+        old = self.head_module.layer
+        starts = [sum(len(h.classes) for h in self.heads[:i]) for i in range(len(self.heads) + 1)]
+        weights, biases = [], []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for head in heads:
+                fresh = _like(old, len(head.classes))
+                if head.name in keep:
+                    here = slice(starts[keep[head.name]], starts[keep[head.name] + 1])
+                    weight, bias = old.weight[here], None if old.bias is None else old.bias[here]
+                else:
+                    weight, bias = fresh.weight, fresh.bias
+                weights.append(weight.detach())
+                biases.append(None if bias is None else bias.detach())
+        wide = _like(old, sum(len(head.classes) for head in heads))
+        with torch.no_grad():
+            wide.weight.copy_(torch.cat(weights))
+            if wide.bias is not None:
+                wide.bias.copy_(torch.cat([bias for bias in biases if bias is not None]))
+        self._set_head(Heads(wide))
+        self.heads = list(heads)
+
+    def head_weights(self, name: str) -> dict[str, Tensor]:
+        """`weight` (and `bias`, where there is one) of one head."""
+        _, columns = self.head_index(name)
+        layer = self.head_module.layer
+        tensors = {"weight": layer.weight, "bias": layer.bias}
+        return {key: t.detach()[columns].contiguous().cpu() for key, t in tensors.items() if t is not None}
+
+    def state_for_export(self, head: str) -> dict[str, Tensor]:
+        """The state dict of the architecture with one head, under the architecture's own names."""
+        inside = f"{self.head_path}.layer."
+        state = {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items() if not k.startswith(inside)}
+        return state | {f"{self.head_path}.{key}": value for key, value in self.head_weights(head).items()}
+
+    def metadata(self, head: str) -> dict[str, str]:
+        """What a safetensors file says of itself: architecture, preprocessing, class names of `head`."""
+        chosen, _ = self.head_index(head)
+        return {
+            "architecture": self.architecture, "size": str(self.size), "head": head, "kind": chosen.kind,
+            "mean": ",".join(map(str, self.mean)), "std": ",".join(map(str, self.std)),
+            "classes": json.dumps(list(chosen.classes)),
+        }  # fmt: skip
+
+    def export(self, head: str) -> bytes:
+        """The safetensors file of the network with one head; `load` takes it, and so does torchvision."""
+        return save_safetensors(self.state_for_export(head), metadata=self.metadata(head))
+
+    def export_heads(self) -> bytes:
+        """The safetensors file of all heads: NAME.weight, NAME.bias, and class names and kinds as metadata."""
+        tensors = {f"{h.name}.{key}": t for h in self.heads for key, t in self.head_weights(h.name).items()}
+        heads = [{"name": h.name, "classes": list(h.classes), "kind": h.kind} for h in self.heads]
+        return save_safetensors(tensors, metadata={"heads": json.dumps(heads)})
+
+    def digest(self) -> str:
+        """SHA-256 over the float32 state: names, shapes and values."""
+        hasher = hashlib.sha256()
+        for name, tensor in sorted(self.net.state_dict().items()):
+            hasher.update(f"{name}{tuple(tensor.shape)}".encode())
+            hasher.update(tensor.detach().cpu().contiguous().numpy())
+        return hasher.hexdigest()
+
+    def _set_head(self, module: Heads) -> None:
+        parent, _, leaf = self.head_path.rpartition(".")
+        setattr(self.net.get_submodule(parent), leaf, module)
+
+
+def load(spec: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None) -> Classifier:
+    """Load a MODEL in eval mode, on the CPU, in float32.
+
+    size: input size where neither the spec nor the weights name one (default 224). classes: class names for a
+    spec without weights (its head then starts at random). A RUN comes with all its heads. Raises FastconError.
+    """
+    text = str(spec)
+    path, _, query = text.partition("?")
+    options = dict(parse_qsl(query))
+    unknown = set(options) - {"size", "mean", "std"}
+    if unknown:
+        raise FastconError(f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean and std")
+    if Path(path).is_dir():
+        return _load_run(Path(path), options)
+    if path.endswith(".safetensors") and ":" not in path.split("/")[0]:
+        if not Path(path).is_file():
+            raise FastconError(f"no such weights file: {path}")
+        return from_bytes(Path(path).read_bytes(), path, options)
+    architecture, _, weights = path.partition("@")
+    state, meta = _weights(architecture, weights)
+    return _assemble(architecture, state, meta, options, size, classes, text)
+
+
+def from_bytes(data: bytes, origin: str, options: Mapping[str, str] | None = None) -> Classifier:
+    """A Classifier from a safetensors file whose metadata names the architecture, as fastcon writes them."""
+    meta = _metadata(data, origin)
+    if "architecture" not in meta:
+        raise FastconError(f"{origin} does not say its architecture: give torchvision:NAME@{origin}")
+    return _assemble(meta["architecture"], load_safetensors(data), meta, options or {}, None, None, origin)
+
+
+def precision_context(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for "float32", "bfloat16" or "float16" on `device`."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def choose_precision(precision: str, device: torch.device, training: bool) -> str:
+    """Resolve "auto": on a GPU bfloat16 to train, float16 (finer) for teachers; on a CPU what it computes fast."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if training else "float16"
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16()
+    return "bfloat16" if fast else "float32"
+
+
+def _has_bf16() -> bool:
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve "auto" to the first GPU, else the CPU. Raises FastconError for a GPU that is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise FastconError(f"--device {device}: PyTorch sees no GPU here; use --device cpu or auto")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def head_path(net: nn.Module, origin: str) -> str:
+    """Where the classifying layer is: the last Linear, or the last Conv2d of a network without any."""
+    found = [name for name, module in net.named_modules() if isinstance(module, Heads)]
+    for kind in (nn.Linear, nn.Conv2d):
+        found = found or [name for name, module in net.named_modules() if isinstance(module, kind) and name]
+    if not found:
+        raise FastconError(f"{origin} has no Linear or Conv2d layer that could be its head")
+    return found[-1]
+
+
+def _like(layer: nn.Linear | nn.Conv2d, classes: int) -> nn.Linear | nn.Conv2d:
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, classes, bias)
+    return nn.Conv2d(layer.in_channels, classes, layer.kernel_size, layer.stride, layer.padding, bias=bias)  # type: ignore[arg-type]
+
+
+def build(architecture: str, classes: int, pretrained: bool = False) -> nn.Module:
+    """An untrained network (timm can bring its own weights) of `classes` outputs."""
+    kind, _, name = architecture.partition(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "torchvision":
+            return _build_torchvision(name, classes)
+        if kind == "timm":
+            try:
+                return optional_import("timm", "timm").create_model(name, pretrained=pretrained, num_classes=classes)
+            except RuntimeError as error:
+                raise FastconError(f"timm has no model {name!r} ({error})") from error
+        if kind == "python":
+            return _build_python(architecture, name)
+    raise FastconError(f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
+                       ".safetensors file of fastcon's, or the folder of a run")  # fmt: skip
+
+
+def _build_torchvision(name: str, classes: int) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        import difflib
+
+        close = difflib.get_close_matches(name, models.list_models(module=models), 3)
+        raise FastconError(f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else ""))
+    extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+def _build_python(architecture: str, name: str) -> nn.Module:
+    module, _, factory = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        net = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise FastconError(f"{architecture}: {error}; python:MODULE:FACTORY names a function without arguments that "
+                           "returns a torch.nn.Module") from error  # fmt: skip
+    if not isinstance(net, nn.Module):
+        raise FastconError(f"{architecture} returned a {type(net).__name__}, not a torch.nn.Module")
+    return net
+
+
+State = dict[str, Tensor]
+
+
+def _weights(architecture: str, weights: str) -> tuple[State | None, dict[str, str]]:
+    """State dict and metadata of what stands behind '@': nothing, a torchvision enum, or a file."""
+    if not weights or weights == "pretrained":
+        return None, {"pretrained": weights}
+    if "/" not in weights and "." not in weights and architecture.startswith("torchvision:"):
+        return _torchvision_weights(architecture.removeprefix("torchvision:"), weights)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise FastconError(f"no such weights file: {weights} (for {architecture})")
+    if path.suffix == ".safetensors":
+        data = path.read_bytes()
+        meta = _metadata(data, weights)
+        meta.pop("architecture", None)
+        return load_safetensors(data), meta
+    return _unwrapped(_torch_load(path), weights), {}
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0][:160]
+        raise FastconError(f"{path} holds no plain weights ({first}): only tensors are loaded, pickled code is never "
+                           "run; save its state_dict, or convert it to safetensors") from error  # fmt: skip
+
+
+def _torchvision_weights(name: str, weights: str) -> tuple[State, dict[str, str]]:
+    from torchvision import models
+
+    try:
+        entry = models.get_model_weights(name)[weights]
+    except (KeyError, ValueError) as error:
+        raise FastconError(f"torchvision has no weights {weights!r} for {name!r}, and no file of that name is here") from error
+    preset = entry.transforms()
+    mean, std = preset.mean, preset.std
+    if name in ("googlenet", "inception_v3"):  # with these weights torchvision re-normalises inside (transform_input)
+        mean, std = [0.5] * 3, [0.5] * 3
+    meta = {
+        "classes": json.dumps(entry.meta["categories"]), "size": str(preset.crop_size[0]),
+        "mean": ",".join(map(str, mean)), "std": ",".join(map(str, std)),
+    }  # fmt: skip
+    try:
+        return dict(entry.get_state_dict(progress=False, check_hash=True)), meta
+    except OSError as error:
+        raise FastconError(f"the weights {weights} of {name} could not be downloaded ({error}): give a file, as "
+                           f"torchvision:{name}@FILE") from error  # fmt: skip
+
+
+def _metadata(data: bytes, origin: str) -> dict[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        load_safetensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise FastconError(f"{origin} is no readable safetensors file ({error}): fetch or write it again") from error
+    return dict(header.get("__metadata__") or {})
+
+
+def _unwrapped(state: Any, origin: str) -> State:
+    """The state dict inside a third-party checkpoint: state_dict, model, module. and the like."""
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise FastconError(f"{origin} holds no state dict of tensors")
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _assemble(
+    architecture: str, state: State | None, meta: Mapping[str, str], options: Mapping[str, str],
+    size: int | None, classes: Sequence[str] | None, origin: str,
+) -> Classifier:  # fmt: skip
+    net = build(architecture, len(classes) if classes else 1000, meta.get("pretrained") == "pretrained")
+    path = head_path(net, origin)
+    if state is not None:
+        net = _load_state(net, path, architecture, state, origin)
+    outputs = net.get_submodule(path).weight.shape[0]  # type: ignore[union-attr]
+    names = tuple(json.loads(meta["classes"])) if "classes" in meta else tuple(classes or ())
+    if len(names) != outputs:
+        if names:
+            raise FastconError(f"{origin} names {len(names)} classes, its head has {outputs} outputs")
+        names = tuple(f"class {i}" for i in range(outputs))
+    settings = dict(meta) | dict(options)
+    head = Head(meta.get("head", "head"), names, meta.get("kind", "softmax"))
+    return Classifier(
+        net, [head], architecture=architecture, size=_size(settings.get("size"), size, origin),
+        mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin), std=_triple(settings.get("std"), IMAGENET_STD, origin),
+    ).eval()  # fmt: skip
+
+
+def _load_state(net: nn.Module, path: str, architecture: str, state: State, origin: str) -> nn.Module:
+    weight = state.get(f"{path}.weight")
+    if weight is not None and weight.shape[0] != net.get_submodule(path).weight.shape[0]:  # type: ignore[union-attr]
+        net = build(architecture, weight.shape[0])
+    own = net.state_dict()
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux", "AuxLogits"))}
+    state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in state
+              if k in own and state[k].shape != own[k].shape]  # fmt: skip
+    if missing or unexpected or shapes:
+        problems = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+                    for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys]  # fmt: skip
+        raise FastconError(f"the weights of {origin} do not fit {architecture}: {'; '.join(problems)}")
+    own.update(state)  # the network's own dict, since it carries the version that MNASNet asks for
+    net.load_state_dict(own)
+    return net
+
+
+def _load_run(run: Path, options: Mapping[str, str]) -> Classifier:
+    weights = next((run / name for name in RUN_WEIGHTS if (run / name).is_file()), None)
+    if weights is None:
+        unfinished = (run / "config.json").exists()
+        raise FastconError(f"{run} holds no {' or '.join(RUN_WEIGHTS)}: " + (
+            "the run is not finished, run its command again" if unfinished else "give the folder of a run"))  # fmt: skip
+    model = from_bytes(weights.read_bytes(), str(weights), options)
+    if (run / RUN_HEADS).is_file():
+        _attach_heads(model, run / RUN_HEADS)
+    return model
+
+
+def _attach_heads(model: Classifier, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["heads"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    heads = [Head(item["name"], tuple(item["classes"]), item["kind"]) for item in described]
+    first = model.heads[0]
+    untrained = [] if any(head.name == first.name for head in heads) else [first]
+    model.replace_heads([*heads, *untrained], keep={first.name: 0}, seed=0)
+    with torch.no_grad():
+        for head in heads:
+            _, columns = model.head_index(head.name)
+            model.head_module.layer.weight[columns] = tensors[f"{head.name}.weight"]
+            if model.head_module.layer.bias is not None:
+                model.head_module.layer.bias[columns] = tensors[f"{head.name}.bias"]
+
+
+def _size(given: str | None, default: int | None, origin: str) -> int:
+    try:
+        size = int(given) if given is not None else default or 224
+    except ValueError:
+        raise FastconError(f"{origin}: size={given} is not a number of pixels") from None
+    if not 8 <= size <= 4096:
+        raise FastconError(f"{origin}: size={size} is outside 8 to 4096 pixels")
+    return size
+
+
+def _triple(given: str | None, default: tuple[float, ...], origin: str) -> tuple[float, ...]:
+    if given is None:
+        return default
+    try:
+        values = tuple(float(part) for part in given.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise FastconError(f"{origin}: {given!r} is not three numbers for red, green and blue, as 0.5,0.5,0.5")
+    return values
+
+
+def names_size(spec: str) -> bool:
+    """Whether the spec, its weights or its run name an input size (else the call's --size holds)."""
+    path, _, query = spec.partition("?")
+    if "size" in dict(parse_qsl(query)):
+        return True
+    if Path(path).is_dir():
+        return True
+    weights = path.partition("@")[2]
+    file = Path(weights or path)
+    if file.suffix == ".safetensors" and file.is_file():
+        return "size" in _metadata(file.read_bytes(), spec)
+    return bool(weights) and path.startswith("torchvision:") and not file.is_file()
+

@@ -1,0 +1,233 @@
+"""The one decode path: encoded bytes and crop boxes → uint8 RGB batches, for precompute, train and probe alike.
+
+A DALI graph does it: on the CPU without a GPU, with `mixed` decoding on one. `loader="torchvision"` is its twin
+where DALI is not to be had, and the oracle of its test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcon.errors import FastconError, optional_import
+from fastcon.manifest import ImageReader, Manifest
+
+T = TypeVar("T")
+LOADERS = ("dali", "torchvision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch to decode: image indices [B], boxes [B, 4] (top, left, height, width), flips [B] of 0 or 1."""
+
+    indices: NDArray[np.integer]
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.uint8]
+
+
+Pixels = dict[int, Tensor]
+"""Side length → uint8 [B, 3, side, side] in channels-last memory."""
+
+
+def decode(
+    manifest: Manifest,
+    requests: Iterable[Request],
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    loader: str = "dali",
+    threads: int | None = None,
+) -> Iterator[Pixels]:
+    """Decode, crop, resize and flip each request, in order; a request has at most `batch_size` images.
+
+    Each box is resized to every one of `sizes`. Bytes are read, and checked against the manifest, in a
+    background thread ahead of decoding. Raises FastconError where an image changed or does not decode.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    reader = ImageReader(manifest)
+    encoded = prefetch(_read(reader, requests, threads), depth=2)
+    try:
+        graph = {"dali": _dali, "torchvision": _torchvision}[loader]
+        yield from graph(encoded, sorted(set(sizes)), batch_size, torch.device(device), threads)
+    finally:
+        encoded.close()
+        reader.close()
+
+
+def settings(loader: str, device: torch.device | str) -> dict[str, Any]:
+    """What may change pixels, to be recorded beside them: decoder, its options and versions."""
+    kind = torch.device(device).type
+    common = {"loader": loader, "interpolation": "triangular, antialiased", "orientation": "as stored"}
+    if loader == "torchvision":
+        return common | {"decoder": "pillow", "pillow": importlib.metadata.version("pillow")}
+    dali = optional_import("nvidia.dali", "dali")
+    decoder = {"cpu": "cpu", "cuda": "mixed"}[kind]
+    return common | {"decoder": decoder, "hw_decoder_load": 0.0 if kind == "cuda" else None, "dali": dali.__version__}
+
+
+def prefetch(items: Iterable[T], depth: int) -> Prefetch[T]:
+    """Run an iterator in a background thread, at most `depth` items ahead."""
+    return Prefetch(items, depth)
+
+
+class Prefetch(Iterator[T]):
+    """The iterator behind `prefetch`; `close` ends its thread, an exception there is raised here."""
+
+    _END = object()
+
+    def __init__(self, items: Iterable[T], depth: int) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(iter(items),), daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+            self._put((self._END, None))
+        except BaseException as error:
+            self._put((self._END, error))
+        finally:
+            close = getattr(items, "close", None)
+            if close:
+                close()
+
+    def _put(self, entry: tuple[Any, BaseException | None]) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> T:
+        if self._closed.is_set():
+            raise StopIteration
+        item, error = self._queue.get()
+        if item is self._END:
+            self._closed.set()
+            if error is not None:
+                raise error
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._closed.set()
+        self._thread.join()
+
+
+Encoded = tuple[Request, list[NDArray[np.uint8]]]
+
+
+def _read(reader: ImageReader, requests: Iterable[Request], threads: int) -> Iterator[Encoded]:
+    with ThreadPoolExecutor(threads) as pool:
+        for request in requests:
+            data = pool.map(reader.read, [int(i) for i in request.indices])
+            yield request, [np.frombuffer(item, dtype=np.uint8) for item in data]
+
+
+def _dali(
+    encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
+) -> Iterator[Pixels]:
+    optional_import("nvidia.dali", "dali")
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    on_gpu = device.type == "cuda"
+    failure: list[BaseException] = []
+
+    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
+        try:
+            request, data = next(encoded)
+        except StopIteration:
+            raise
+        except BaseException as error:  # DALI would wrap it in a trace of its own
+            failure.append(error)
+            raise StopIteration from error
+        return data, request.boxes.astype(np.int32, copy=False), request.flips.astype(np.int32)
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device.index or 0 if on_gpu else None,
+                  prefetch_queue_depth=2)  # fmt: skip
+    def graph() -> Any:
+        jpegs, box, flip = fn.external_source(
+            source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 0]
+        )
+        common = {"output_type": types.RGB, "adjust_orientation": False}
+        if on_gpu:
+            # Whole image, then the box: nvImageCodec's region decoding crashed on Hopper (its issue 55). No share
+            # for the hardware decoder, whose pixels differ from the CUDA one's.
+            images = fn.decoders.image(jpegs, device="mixed", hw_decoder_load=0.0, **common)
+            images = fn.slice(images, box[:2], box[2:], axes=[0, 1])
+        else:
+            images = fn.decoders.image_slice(jpegs, box[:2], box[2:], axes=[0, 1], device="cpu", **common)
+        resized = [fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes]
+        return tuple(fn.flip(image, horizontal=flip) for image in resized)
+
+    pipe = graph()
+    pipe.build()
+    while True:
+        try:
+            outputs = pipe.run()
+        except StopIteration:
+            if failure:
+                raise failure[0] from None
+            return
+        except RuntimeError as error:
+            raise FastconError(f"DALI could not decode a batch: {' '.join(str(error).split())[:300]}; index the images "
+                               "without --trust-images to find the one at fault") from error  # fmt: skip
+        batch: Pixels = {}
+        for size, output in zip(sizes, outputs, strict=True):
+            pixels = torch.empty((len(output), size, size, 3), dtype=torch.uint8, device=device)
+            stream = torch.cuda.current_stream(device) if on_gpu else None
+            feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
+            batch[size] = pixels.permute(0, 3, 1, 2)
+        yield batch
+
+
+def _torchvision(
+    encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
+) -> Iterator[Pixels]:
+    with ThreadPoolExecutor(threads) as pool:
+        for request, data in encoded:
+            images = list(pool.map(_crop, data, request.boxes, request.flips, [sizes] * len(data)))
+            yield {
+                size: torch.from_numpy(np.stack([image[k] for image in images])).to(device).permute(0, 3, 1, 2)
+                for k, size in enumerate(sizes)
+            }
+
+
+def _crop(data: NDArray[np.uint8], box: NDArray[np.int32], flip: int, sizes: list[int]) -> list[NDArray[np.uint8]]:
+    from torchvision.transforms.v2 import functional
+
+    top, left, height, width = (int(value) for value in box)
+    image = functional.crop(rgb(data.tobytes()), top, left, height, width)
+    if flip:
+        image = functional.horizontal_flip(image)
+    return [np.asarray(functional.resize(image, [size, size], antialias=True)) for size in sizes]
+
+
+def rgb(data: bytes) -> Any:
+    """Decode with Pillow to an RGB image as DALI does: stored orientation, 16-bit scaled to 8."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+    return image.convert("RGB")

@@ -1,0 +1,233 @@
+"""Images + views → the logits of every teacher, in a store. Each view of an image is decoded once for all of them.
+
+Chunks are the unit of work: a chunk of rows is decoded in batches that never straddle it, shown to the teachers
+that still lack it, and written by a background thread while the next is computed. Running it again resumes;
+asking for more views or another teacher computes just those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastcon import models, pipeline
+from fastcon import store as stores
+from fastcon.errors import FastconError
+from fastcon.manifest import Manifest
+from fastcon.models import Classifier
+from fastcon.pipeline import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model to be run over the views: its name in the store, MODEL spec, network and whether it is the generalist."""
+
+    name: str
+    spec: str
+    model: Classifier
+    generalist: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to compute, as opposed to what: device, precision, batch size, loader, threads, stored type."""
+
+    batch_size: int = 128
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "float32"
+    loader: str = "dali"
+    threads: int | None = None
+    logits: str = "float16"
+
+
+Progress = Callable[[int, int], None]
+
+
+def precompute(
+    path: str, manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, view_count: int,
+    settings: Settings, progress: Progress | None = None,
+) -> int:  # fmt: skip
+    """Fill a store; returns the number of rows computed (0: all were there). progress gets (rows done, rows to do).
+
+    Raises FastconError for a store, teacher or image set that does not go with what is recorded.
+    """
+    _check(teachers)
+    used = pipeline.settings(settings.loader, settings.device)
+    with stores.open_for_writing(path, manifest, recipe, view_count, used) as store:
+        if store.record["samples_digest"] is None:
+            stores.set_samples(store, decode_samples(store, manifest, settings))
+        else:
+            check_pixels(store, manifest, settings, exact=True)
+        for teacher in teachers:
+            weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist else None
+            store.add_teacher(teacher.name, _record(teacher, settings), weights)
+        missing = {teacher.name: ~store.done(teacher.name)[:view_count] for teacher in teachers}
+        work = [(view, chunk) for view in range(view_count) for chunk in range(store.chunks)
+                if any(lacks[view, chunk] for lacks in missing.values())]  # fmt: skip
+        if work:
+            _fill(store, manifest, teachers, missing, work, settings, progress)
+        return sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
+
+
+def decode_samples(store: stores.Store, manifest: Manifest, settings: Settings) -> NDArray[np.uint8]:
+    """Decode the store's sample rows: uint8 [k, size, size, 3]."""
+    view = store.view(0)
+    rows = stores.sample_rows(store)
+    request = Request(view.order[rows], view.boxes[rows], view.flips[rows])
+    size = store.recipe.size
+    [pixels] = pipeline.decode(
+        manifest, [request], [size], batch_size=len(rows), device=settings.device, loader=settings.loader,
+        threads=settings.threads,
+    )  # fmt: skip
+    return pixels[size].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def check_pixels(store: stores.Store, manifest: Manifest, settings: Settings, exact: bool) -> str | None:
+    """Decode the sample rows again and compare them with the stored pixels.
+
+    None: equal. A warning to show: within 0.5 of 255 on average. Raises FastconError beyond, or with `exact` for
+    any difference.
+    """
+    _, stored = store.samples()
+    difference = float(np.abs(decode_samples(store, manifest, settings).astype(np.int16) - stored).mean())
+    if difference == 0:
+        return None
+    was, now = store.record["pipeline"], pipeline.settings(settings.loader, settings.device)
+    changed = ", ".join(f"{key} {was.get(key)} → {now.get(key)}" for key in sorted({*was, *now}) if was.get(key) != now.get(key))
+    what = (f"images decode differently from when {store.path} was made: {difference:.3f} of 255 on average over "
+            f"{len(stored)} samples ({changed or 'same settings'})")  # fmt: skip
+    if exact or difference > 0.5:
+        raise FastconError(f"{what}: use the loader, device and versions that made it, or make a new store")
+    return what
+
+
+def _check(teachers: list[Teacher]) -> None:
+    names = [teacher.name for teacher in teachers]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise FastconError(f"teacher name {sorted(twice)[0]!r} is given twice: every teacher needs a name of its own")
+    if sum(teacher.generalist for teacher in teachers) > 1:
+        raise FastconError("a store has one generalist: give the others with --teacher")
+    if not teachers:
+        raise FastconError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+
+
+def _record(teacher: Teacher, settings: Settings) -> dict[str, Any]:
+    model = teacher.model
+    return {
+        "role": "generalist" if teacher.generalist else "teacher", "spec": teacher.spec,
+        "architecture": model.architecture, "weights": model.digest(), "size": model.size,
+        "mean": list(model.mean), "std": list(model.std), "classes": list(model.heads[0].classes),
+        "kind": model.heads[0].kind, "logits": settings.logits, "precision": settings.precision,
+        "batch_size": settings.batch_size, "device": settings.device.type,
+    }  # fmt: skip
+
+
+Work = list[tuple[int, int]]
+
+
+def _fill(
+    store: stores.StoreWriter, manifest: Manifest, teachers: list[Teacher], missing: dict[str, NDArray[np.bool_]],
+    work: Work, settings: Settings, progress: Progress | None,
+) -> None:  # fmt: skip
+    for teacher in teachers:
+        teacher.model.to(settings.device, memory_format=torch.channels_last)
+    batches = [(view, chunk, rows) for view, chunk in work for rows in batches_of(store, chunk, settings.batch_size)]
+    total, done = sum(rows.stop - rows.start for *_, rows in batches), 0
+    decoded = pipeline.decode(
+        manifest, _requests(store, batches), [teacher.model.size for teacher in teachers],
+        batch_size=settings.batch_size, device=settings.device, loader=settings.loader, threads=settings.threads,
+    )  # fmt: skip
+    parts: dict[str, list[NDArray[Any]]] = {}
+    with _Writer(store) as writer:
+        for (view, chunk, rows), pixels in zip(batches, decoded, strict=True):
+            for teacher in teachers:
+                if missing[teacher.name][view, chunk]:
+                    logits = run_teacher(teacher.model, pixels[teacher.model.size], settings)
+                    _check_finite(logits, teacher, store, manifest, view, rows)
+                    parts.setdefault(teacher.name, []).append(logits)
+            if rows.stop == store.chunk_range(chunk)[1]:
+                for name, pieces in parts.items():
+                    writer.put((name, view, chunk, np.concatenate(pieces)))
+                parts = {}
+            done += rows.stop - rows.start
+            if progress:
+                progress(done, total)
+
+
+def batches_of(store: stores.Store, chunk: int, batch_size: int) -> list[slice]:
+    """A chunk's rows in batches; the last may be shorter, none reaches into another chunk."""
+    start, stop = store.chunk_range(chunk)
+    return [slice(at, min(at + batch_size, stop)) for at in range(start, stop, batch_size)]
+
+
+def _requests(store: stores.Store, batches: list[tuple[int, int, slice]]) -> Iterator[Request]:
+    at, view = -1, None
+    for number, _, rows in batches:
+        if view is None or number != at:
+            at, view = number, store.view(number)
+        yield Request(view.order[rows], view.boxes[rows], view.flips[rows])
+
+
+@torch.inference_mode()
+def run_teacher(model: Classifier, pixels: torch.Tensor, settings: Settings) -> NDArray[Any]:
+    """Raw logits [B, C] of one batch as they are stored: heads in float32, rounded once to the stored type."""
+    with models.precision_context(settings.precision, settings.device):
+        logits = model(pixels)
+    return logits.to(getattr(torch, settings.logits)).cpu().numpy()
+
+
+def _check_finite(
+    logits: NDArray[Any], teacher: Teacher, store: stores.Store, manifest: Manifest, view: int, rows: slice
+) -> None:
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        image = manifest.name(int(store.view(view).order[rows.start + bad[0]]))
+        raise FastconError(f"teacher {teacher.name!r} gives NaN, infinite or {logits.dtype}-overflowing logits for image "
+                           f"{image!r} (view {view}): check its weights, or try --precision float32 --logits float32")  # fmt: skip
+
+
+class _Writer:
+    """Writes finished chunks in a thread of its own, at most two behind; its error is raised at the next `put`."""
+
+    def __init__(self, store: stores.StoreWriter) -> None:
+        self._store = store
+        self._queue: queue.Queue[Any] = queue.Queue(2)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def put(self, item: tuple[str, int, int, NDArray[Any]]) -> None:
+        self._queue.put(item)
+        self._raise()
+
+    def __exit__(self, *exception: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if exception[0] is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        if isinstance(self._error, OSError):
+            raise FastconError(f"{self._store.path} cannot be written ({self._error.strerror}): free space, then run the "
+                               "same command again, it resumes") from self._error  # fmt: skip
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._store.write(*item)
+                except BaseException as error:
+                    self._error = error

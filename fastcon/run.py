@@ -1,0 +1,106 @@
+"""The folder of a run: its configuration, its metrics and its log, and what "rerun resumes" means for it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastcon.checkpoint import write_atomically
+from fastcon.errors import FastconError
+
+
+class Run:
+    """RUN/config.json says what the run is, RUN/metrics.jsonl what it measured, RUN/run.log when and how fast.
+
+    No clock time enters config or metrics, so two runs of one command make the same bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        """Open or create. Raises FastconError where the folder holds another run."""
+        self.path = Path(path)
+        self.config = config | {"versions": versions()}
+        file = self.path / "config.json"
+        if file.exists():
+            self._check_same(file)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as --out")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, (json.dumps(self.config, indent=2) + "\n").encode())
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def finished(self, result: str) -> bool:
+        """Whether the file that is written last is there."""
+        return (self.path / result).exists()
+
+    def log(self, line: str) -> None:
+        """Append a line to run.log, with the time."""
+        with open(self.path / "run.log", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def _check_same(self, file: Path) -> None:
+        stored = json.loads(file.read_text())
+        for key, value in json.loads(json.dumps(self.config)).items():
+            if key != "versions" and stored.get(key) != value:
+                raise FastconError(f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
+                                   "use the same options to resume it, or another --out")  # fmt: skip
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a line; `position` and `truncate` let a resumed run leave no gap and no double."""
+
+    def __init__(self, path: Path, position: int = 0) -> None:
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        self._file.truncate(position)
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        self._file.flush()
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying: the loop looks at the list between steps."""
+    seen: list[int] = []
+    try:
+        old = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: whoever embeds us keeps its own handlers
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("fastcon", "torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numpy", "scikit-learn", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,310 @@
+"""Store + images → a student: one backbone, one head a teacher, trained on the stored logits.
+
+RUN/student.safetensors is the backbone with head 0 under torchvision's names, RUN/heads.safetensors all heads.
+Rerunning resumes from the last checkpoint; a finished run is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from fastcon import checkpoint, models, objective
+from fastcon.errors import FastconError, Interrupted, optional_import
+from fastcon.kernels.multihead_ce import MultiHeadLoss
+from fastcon.loader import Batch, Loader
+from fastcon.models import RUN_HEADS, RUN_WEIGHTS, Classifier, Head
+from fastcon.run import Metrics, Run, stop_signals
+from fastcon.store import Store
+
+Untrained = tuple[dict[str, Tensor], dict[str, str]]
+"""Weights and metadata of a head 0 that no loss trains."""
+
+LABELS_HEAD = "labels"
+RESULT = RUN_WEIGHTS[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Hyperparameters of a run; the defaults are the paper's."""
+
+    method: str = "consolidate"
+    heads: tuple[str, ...] = ()
+    student: str | None = None
+    balance: tuple[float, float] = (1.0, 1.0)
+    temperature: float = 2.0
+    labels: bool = False
+    epochs: int = 40
+    batch_size: int = 32
+    lr_backbone: float = 0.001
+    lr_heads: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[float, ...] = (0.5, 0.8)
+    seed: int = 0
+    lanes: int | None = None
+    precision: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and how to run, which does not change what is trained."""
+
+    device: str = "auto"
+    loader: str = "dali"
+    threads: int | None = None
+    compile: bool = False
+    exact_pixels: bool = False
+    log_every: int = 100
+    checkpoint_seconds: float = 300.0
+    tensorboard: bool = False
+
+
+def train(
+    store_path: str, out: str, options: Options, machine: Machine | None = None, images: list[str] | None = None,
+    say: Callable[[str], None] = lambda line: None, progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a student into the folder `out` and return its last metrics. say gets notes and warnings for the user.
+
+    Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
+    """
+    machine = machine or Machine()
+    store = Store(store_path)
+    device = models.choose_device(machine.device)
+    options = dataclasses.replace(options, precision=models.choose_precision(options.precision, device, training=True))
+    names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+    run = Run(out, {"command": "train", "store": _identity(store, names), **dataclasses.asdict(options)})
+    if run.finished(RESULT):
+        say(f"{out} is finished: nothing to do")
+        return {}
+    loader = Loader(
+        store, images, options.batch_size, heads=names, seed=options.seed, lanes=options.lanes, device=device,
+        loader=machine.loader, threads=machine.threads, exact_pixels=machine.exact_pixels,
+    )  # fmt: skip
+    if loader.warning:
+        say(f"warning: {loader.warning}")
+    if loader.schedule.left_out:
+        say(f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})")
+
+    student, untrained = build_student(store, names, options, loader, say)
+    student.to(device, memory_format=torch.channels_last).train()
+    weights = objective.head_weights(names, store.generalist, options.balance)
+    widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
+    segments = objective.segments(widths, weights, options.temperature, kinds)
+    optimizer = make_optimizer(student, options.lr_backbone, options.lr_heads, options.momentum, options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
+    total = loader.schedule.steps * options.epochs
+    tally = _Tally(names + ([LABELS_HEAD] if options.labels else []), device)
+
+    step, position = 0, 0
+    state = checkpoint.newest(run.checkpoints)
+    if state is not None:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        tally.load(state["tally"])
+        step, position = state["step"], state["metrics"]
+        say(f"resuming {out} at step {step} of {total}")
+    else:
+        torch.manual_seed(options.seed)
+    metrics = Metrics(run.path / "metrics.jsonl", position)
+    board = _tensorboard(run) if machine.tensorboard else None
+    forward = torch.compile(student) if machine.compile else student
+
+    def save() -> None:
+        checkpoint.save(run.checkpoints, step, {
+            "student": student.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(), "tally": tally.state(), "step": step, "metrics": metrics.position,
+        })  # fmt: skip
+
+    row: dict[str, Any] = {}
+    epoch, done = divmod(step, loader.schedule.steps)
+    saved = logged = time.monotonic()
+    with stop_signals() as stop:
+        for batch in loader.batches(range(epoch, options.epochs), skip=done):
+            set_rate(optimizer, step / total, options.milestones)
+            with models.precision_context(options.precision, device):
+                logits = forward(batch.pixels)
+            result, supervised = _losses(logits, batch, segments, options)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(result.total if supervised is None else result.total + supervised).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            tally.add(result, weights, supervised)
+            step += 1
+            if step % machine.log_every == 0 or step % loader.schedule.steps == 0:
+                row = {"step": step, "epoch": (step - 1) // loader.schedule.steps, **tally.read(), **_rates(optimizer)}
+                _refuse_nan(row, out)
+                metrics.write(row)
+                now = time.monotonic()
+                run.log(f"step {step}/{total} loss {row['loss']:.4f} {row['images'] / (now - logged):.0f} img/s")
+                logged = now
+                if board:
+                    _write_board(board, row)
+            if progress:
+                progress(step, total)
+            if stop or time.monotonic() - saved > machine.checkpoint_seconds or step % loader.schedule.steps == 0:
+                save()
+                saved = time.monotonic()
+            if stop and step < total:
+                metrics.close()
+                raise Interrupted(f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume")
+    metrics.close()
+    checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
+    checkpoint.write_atomically(run.path / RESULT, _export(student, names, untrained))
+    return row
+
+
+def build_student(
+    store: Store, names: list[str], options: Options, loader: Loader, say: Callable[[str], None]
+) -> tuple[Classifier, Untrained | None]:
+    """The student with the heads of `names` (and the labels'); and head 0, kept aside where it is not trained.
+
+    Backbone and head 0 start from the generalist's stored weights, or from --student.
+    """
+    if options.student is None and store.generalist is None:
+        raise FastconError("the store has no generalist to start from: give --student MODEL (the paper found that a student "
+                           "that does not start from a generalist loses most of what makes it general)")  # fmt: skip
+    heads = [Head(name, tuple(store.teachers[name]["classes"]), store.teachers[name]["kind"]) for name in names]
+    if options.labels:
+        if LABELS_HEAD in store.teachers or not (loader.manifest.labels >= 0).all():
+            raise FastconError("--labels needs a class for every proxy image (sub-folders are classes), and no teacher "
+                               f"named {LABELS_HEAD!r}")  # fmt: skip
+        heads.append(Head(LABELS_HEAD, tuple(loader.manifest.classes)))
+    if options.student is None:
+        assert store.generalist is not None
+        student = models.from_bytes(store.weights(store.generalist), f"the generalist of {store.path}")
+    else:
+        student = models.load(options.student, size=store.recipe.size)
+    student.size = store.recipe.size
+    keep: dict[str, int] = {}
+    general = store.teachers[store.generalist] if store.generalist else None
+    if general and options.student and student.architecture != general["architecture"]:
+        say(f"the student is {student.architecture}, the generalist {general['architecture']}: head 0 starts at random")
+    elif general and tuple(general["classes"]) == student.heads[0].classes:
+        keep = {store.generalist: 0}  # type: ignore[dict-item]
+    aside = None
+    if general and store.generalist not in names:
+        first = Head(store.generalist, tuple(general["classes"]), general["kind"])  # type: ignore[arg-type]
+        student.replace_heads([first, *heads], keep=keep, seed=options.seed)
+        aside = student.head_weights(first.name), student.metadata(first.name)
+        student.replace_heads(heads, keep={head.name: k for k, head in enumerate(heads, 1)}, seed=options.seed)
+    else:
+        student.replace_heads(heads, keep=keep, seed=options.seed)
+    return student, aside
+
+
+def make_optimizer(
+    student: Classifier, lr_backbone: float, lr_heads: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """SGD with one learning rate for the backbone and one for the heads."""
+    groups = [
+        {"params": student.backbone_parameters(), "lr": lr_backbone, "base": lr_backbone},
+        {"params": list(student.head_module.parameters()), "lr": lr_heads, "base": lr_heads},
+    ]
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, progress: float, milestones: tuple[float, ...]) -> None:
+    """Multiply each group's learning rate by 0.1 for every milestone (a share of the run) that is passed."""
+    factor = 0.1 ** sum(progress >= milestone for milestone in milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+
+
+def _losses(logits: Tensor, batch: Batch, segments: Any, options: Options) -> tuple[MultiHeadLoss, Tensor | None]:
+    width = segments.columns
+    result = objective.loss(logits[:, :width], batch.stacked, segments)
+    if not options.labels:
+        return result, None
+    return result, nn.functional.cross_entropy(logits[:, width:], batch.labels)  # type: ignore[arg-type]
+
+
+class _Tally:
+    """Sums of each head's loss, KL and agreement, on the device: read back only when a row is written."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._rows = 0
+        self._batches = 0
+
+    def add(self, result: MultiHeadLoss, weights: list[float], supervised: Tensor | None) -> None:
+        parts = torch.stack([result.losses, result.losses - result.entropies, result.agreement]).sum(1).detach()
+        self._sums[:, : parts.shape[1]] += parts
+        self._loss += result.total.detach()
+        if supervised is not None:
+            self._sums[0, -1] += supervised.detach() * len(result.losses)
+            self._loss += supervised.detach()
+        self._rows += len(result.losses)
+        self._batches += 1
+
+    def read(self) -> dict[str, Any]:
+        loss = self._loss.item() / self._batches
+        per_head = (self._sums / self._rows).T.tolist()
+        heads = {name: {"loss": head[0]} if name == LABELS_HEAD else dict(zip(("loss", "kl", "agreement"), head, strict=True))
+                 for name, head in zip(self._names, per_head, strict=True)}  # fmt: skip
+        row = {"images": self._rows, "loss": loss, "heads": heads}
+        self._sums.zero_()
+        self._loss.zero_()
+        self._rows = self._batches = 0
+        return row
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self._sums, "loss": self._loss, "rows": self._rows, "batches": self._batches}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._sums.copy_(state["sums"])
+        self._loss.copy_(state["loss"])
+        self._rows, self._batches = state["rows"], state["batches"]
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return dict(zip(("lr_backbone", "lr_heads"), (group["lr"] for group in optimizer.param_groups), strict=True))
+
+
+def _refuse_nan(row: dict[str, Any], out: str) -> None:
+    if not math.isfinite(row["loss"]):
+        head = next((name for name, head in row["heads"].items() if not math.isfinite(head["loss"])), "?")
+        raise FastconError(f"the loss is {row['loss']} at step {row['step']} (first at head {head!r}); the last good "
+                           f"checkpoint is in {out}/checkpoints: lower the learning rates, or train with --precision float32")  # fmt: skip
+
+
+def _identity(store: Store, names: list[str]) -> dict[str, Any]:
+    """What of a store a run depends on."""
+    return {"recipe": store.recipe.record(), "images": store.record["images"]["digest"], "views": store.views,
+            "teachers": {name: store.teachers[name]["weights"] for name in names}}  # fmt: skip
+
+
+def _export(student: Classifier, names: list[str], untrained: Untrained | None) -> bytes:
+    """student.safetensors: the backbone with head 0, which traditional distillation leaves as it was."""
+    if untrained is None:
+        return student.export(names[0])
+    tensors, meta = untrained
+    state = student.state_for_export(names[0])
+    for key, value in tensors.items():
+        state[f"{student.head_path}.{key}"] = value
+    return save_safetensors(state, metadata=meta)
+
+
+def _tensorboard(run: Run) -> Any:
+    optional_import("tensorboard", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.path / "tensorboard"))
+
+
+def _write_board(board: Any, row: dict[str, Any]) -> None:
+    board.add_scalar("loss", row["loss"], row["step"])
+    for name, head in row["heads"].items():
+        for key, value in head.items():
+            board.add_scalar(f"{name}/{key}", value, row["step"])

@@ -1,0 +1,1 @@
+"""Compute kernels of fastcon: each with a plain PyTorch twin, none importing anything from fastcon."""
