@@ -24,7 +24,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise FastconError(f"{path} cannot be written ({error.strerror}): free space, then run the same command again") from error
+        raise FastconError(
+            f"{path} cannot be written ({error.strerror}): free space, then run the same command again"
+        ) from error
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -44,7 +46,7 @@ def newest(folder: Path) -> dict[str, Any] | None:
     for path in reversed(_found(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # noqa: S112 - torn by a disk fault: the one before it serves
+        except Exception:
             continue
     return None
 

@@ -23,6 +23,4 @@ def optional_import(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise FastconError(
-            f"{module} is not installed ({error}): pip install 'fastcon[{extra}]' brings it"
-        ) from error
+        raise FastconError(f"{module} is not installed ({error}): pip install 'fastcon[{extra}]' brings it") from error

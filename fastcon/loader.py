@@ -59,8 +59,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.batch_size > self.rows:
-            raise FastconError(f"a batch of {self.batch_size} needs as many images, the store has {self.rows}: use a "
-                               f"--batch-size of at most {self.rows}")  # fmt: skip
+            raise FastconError(
+                f"a batch of {self.batch_size} needs as many images, the store has {self.rows}: use a "
+                f"--batch-size of at most {self.rows}"
+            )
         if self.batch_size % self.lanes:
             raise FastconError(f"{self.lanes} lanes do not divide a batch of {self.batch_size}")
 
@@ -129,9 +131,13 @@ class Loader:
         self.batch_size, self.epochs, self.start_epoch = batch_size, epochs, start_epoch
         self.device = models.choose_device(str(device))
         self.schedule = Schedule(
-            self.store.rows, self.store.views, self.store.recipe.chunk_rows, batch_size,
-            lanes or default_lanes(batch_size), seed,
-        )  # fmt: skip
+            self.store.rows,
+            self.store.views,
+            self.store.recipe.chunk_rows,
+            batch_size,
+            lanes or default_lanes(batch_size),
+            seed,
+        )
         self._settings = Settings(batch_size, self.device, loader=loader, threads=threads)
         self.warning = check_pixels(self.store, self.manifest, self._settings, exact_pixels)
         self._widths = [len(self.store.teachers[name]["classes"]) for name in self.names]
@@ -150,9 +156,14 @@ class Loader:
         """The batches of some epochs, without the first `skip` of the first."""
         plan = [(epoch, skip if k == 0 else 0) for k, epoch in enumerate(epochs)]
         pixels = pipeline.decode(
-            self.manifest, self._requests(plan), [self.store.recipe.size], batch_size=self.batch_size,
-            device=self.device, loader=self._settings.loader, threads=self._settings.threads,
-        )  # fmt: skip
+            self.manifest,
+            self._requests(plan),
+            [self.store.recipe.size],
+            batch_size=self.batch_size,
+            device=self.device,
+            loader=self._settings.loader,
+            threads=self._settings.threads,
+        )
         rows = pipeline.prefetch(self._logits(plan), depth=2)
         labelled = bool((self.manifest.labels >= 0).any())
         try:
@@ -160,8 +171,13 @@ class Loader:
                 labels = torch.from_numpy(self.manifest.labels[indices].astype(np.int64)) if labelled else None
                 stacked = self._to_device(stacked)
                 logits = dict(zip(self.names, stacked.split(self._widths, dim=1), strict=True))
-                yield Batch(images[self.store.recipe.size], stacked, logits, indices,
-                            None if labels is None else self._to_device(labels))  # fmt: skip
+                yield Batch(
+                    images[self.store.recipe.size],
+                    stacked,
+                    logits,
+                    indices,
+                    None if labels is None else self._to_device(labels),
+                )
         finally:
             rows.close()
             pixels.close()  # type: ignore[attr-defined]
@@ -198,8 +214,10 @@ class Loader:
             unfinished = np.argwhere(~self.store.done(name))
             if len(unfinished):
                 view, chunk = unfinished[0]
-                raise FastconError(f"{self.store.path}: teacher {name!r} is not finished (first: view {view}, chunk {chunk}; "
-                                   f"{len(unfinished)} chunks in all): run `fastcon precompute` again, it resumes")  # fmt: skip
+                raise FastconError(
+                    f"{self.store.path}: teacher {name!r} is not finished (first: view {view}, chunk {chunk}; "
+                    f"{len(unfinished)} chunks in all): run `fastcon precompute` again, it resumes"
+                )
 
 
 class _ChunkCache:

@@ -30,8 +30,19 @@ FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}
 LARGEST_SIDE = 20_000
 LARGEST_AREA = 100_000_000
 CACHE_VERSION = 1
-_COLUMNS = ("ids", "containers", "offsets", "sizes", "widths", "heights", "digests", "names", "name_ends",
-            "labels", "multi_hot")  # fmt: skip
+_COLUMNS = (
+    "ids",
+    "containers",
+    "offsets",
+    "sizes",
+    "widths",
+    "heights",
+    "digests",
+    "names",
+    "name_ends",
+    "labels",
+    "multi_hot",
+)
 
 
 def cache_folder(kind: str) -> Path:
@@ -80,8 +91,8 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 over ids and content digests in order: equal for the same images, wherever they lie."""
-        hasher = hashlib.sha256(np.ascontiguousarray(self.ids))
-        hasher.update(np.ascontiguousarray(self.digests))
+        hasher = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        hasher.update(np.ascontiguousarray(self.digests).data)
         return hasher.hexdigest()
 
     def select(self, keep: NDArray[np.intp]) -> Manifest:
@@ -110,12 +121,16 @@ class ImageReader:
         try:
             data = self._bytes(index)
         except OSError as error:
-            raise FastconError(f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} cannot "
-                               f"be read ({error.strerror}): put it back, or index the images anew") from error  # fmt: skip
+            raise FastconError(
+                f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} cannot "
+                f"be read ({error.strerror}): put it back, or index the images anew"
+            ) from error
         if content_digest(data) != manifest.digests[index].tobytes():
-            raise FastconError(f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} changed "
-                               f"since it was indexed ({manifest.sizes[index]} bytes then, {len(data)} now or other "
-                               "content): restore it, or start from the new images with a new store")  # fmt: skip
+            raise FastconError(
+                f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} changed "
+                f"since it was indexed ({manifest.sizes[index]} bytes then, {len(data)} now or other "
+                "content): restore it, or start from the new images with a new store"
+            )
         return data
 
     def _bytes(self, index: int) -> bytes:
@@ -162,8 +177,10 @@ def index(
             _save(manifest, folder)
     if strict and manifest.rejects:
         name, reason = manifest.rejects[0]
-        raise FastconError(f"{len(manifest.rejects)} of {len(manifest) + len(manifest.rejects)} images cannot be used, "
-                           f"first {name!r} ({reason}): remove them, or leave out --strict")  # fmt: skip
+        raise FastconError(
+            f"{len(manifest.rejects)} of {len(manifest) + len(manifest.rejects)} images cannot be used, "
+            f"first {name!r} ({reason}): remove them, or leave out --strict"
+        )
     if not len(manifest):
         first = f", first {manifest.rejects[0][0]!r}: {manifest.rejects[0][1]}" if manifest.rejects else ""
         raise FastconError(f"no readable image in {', '.join(sources)} ({len(manifest.rejects)} rejected{first})")
@@ -178,16 +195,23 @@ def _index(sources: list[str], trust: bool, threads: int, progress: Callable[[in
     listing = image_sources.read(sources)
     n = len(listing.size)
     label_ends = np.array(listing.label_ends, dtype=np.int64)
-    blank = np.empty((0,))
     raw = Manifest(
-        ids=blank, containers=np.array(listing.container, dtype=np.int32),
-        offsets=np.array(listing.offset, dtype=np.int64), sizes=np.array(listing.size, dtype=np.int64),
-        widths=np.zeros(n, np.int32), heights=np.zeros(n, np.int32), digests=np.zeros((n, 16), np.uint8),
+        ids=np.empty(0, np.uint64),
+        containers=np.array(listing.container, dtype=np.int32),
+        offsets=np.array(listing.offset, dtype=np.int64),
+        sizes=np.array(listing.size, dtype=np.int64),
+        widths=np.zeros(n, np.int32),
+        heights=np.zeros(n, np.int32),
+        digests=np.zeros((n, 16), np.uint8),
         names=np.frombuffer(bytes(listing.names), dtype=np.uint8),
         name_ends=np.array(listing.name_ends, dtype=np.int64),
-        labels=blank, multi_hot=blank, places=listing.containers, classes=listing.classes,
-        rejects=list(listing.skipped), sources=sources,
-    )  # fmt: skip
+        labels=np.empty(0, np.int32),
+        multi_hot=np.empty((0, 0), np.uint8),
+        places=listing.containers,
+        classes=listing.classes,
+        rejects=list(listing.skipped),
+        sources=sources,
+    )
     labels, multi_hot = _labels(listing, label_ends, n)
     raw = dataclasses.replace(raw, ids=_ids(raw), labels=labels, multi_hot=multi_hot)
     keep = np.ones(n, dtype=bool)
@@ -241,9 +265,7 @@ def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.intp]:
     return np.sort(by_id[1:][ids[by_id][1:] == ids[by_id][:-1]])
 
 
-def _examined(
-    manifest: Manifest, trust: bool, threads: int
-) -> Iterator[tuple[int, tuple[int, int, bytes] | str]]:
+def _examined(manifest: Manifest, trust: bool, threads: int) -> Iterator[tuple[int, tuple[int, int, bytes] | str]]:
     """(position, (width, height, digest) or the reason for rejecting it), in order, decoded in parallel."""
     reader = ImageReader(manifest)
     block = 32

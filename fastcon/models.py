@@ -86,6 +86,8 @@ class Classifier(nn.Module):
         self._set_head(layer if isinstance(layer, Heads) else Heads(layer))  # type: ignore[arg-type]
         self.heads = list(heads)
         scale = 1.0 / (255.0 * torch.tensor(std))
+        self._scale: Tensor
+        self._shift: Tensor
         self.register_buffer("_scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False)
 
@@ -102,6 +104,10 @@ class Classifier(nn.Module):
         finally:
             module.bypass = False
         return out.float().mean(dim=(2, 3)) if out.ndim == 4 else out.float()
+
+    def on(self, device: torch.device) -> Classifier:
+        """Moved to a device, in channels-last memory."""
+        return self.to(device=device).to(memory_format=torch.channels_last)
 
     def split(self, logits: Tensor) -> dict[str, Tensor]:
         """Logits of all heads → {head: [B, C]}."""
@@ -178,10 +184,14 @@ class Classifier(nn.Module):
         """What a safetensors file says of itself: architecture, preprocessing, class names of `head`."""
         chosen, _ = self.head_index(head)
         return {
-            "architecture": self.architecture, "size": str(self.size), "head": head, "kind": chosen.kind,
-            "mean": ",".join(map(str, self.mean)), "std": ",".join(map(str, self.std)),
+            "architecture": self.architecture,
+            "size": str(self.size),
+            "head": head,
+            "kind": chosen.kind,
+            "mean": ",".join(map(str, self.mean)),
+            "std": ",".join(map(str, self.std)),
             "classes": json.dumps(list(chosen.classes)),
-        }  # fmt: skip
+        }
 
     def export(self, head: str) -> bytes:
         """The safetensors file of the network with one head; `load` takes it, and so does torchvision."""
@@ -280,6 +290,12 @@ def head_path(net: nn.Module, origin: str) -> str:
     return found[-1]
 
 
+def _outputs(net: nn.Module, path: str) -> int:
+    weight = net.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
 def _like(layer: nn.Linear | nn.Conv2d, classes: int) -> nn.Linear | nn.Conv2d:
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
@@ -301,8 +317,10 @@ def build(architecture: str, classes: int, pretrained: bool = False) -> nn.Modul
                 raise FastconError(f"timm has no model {name!r} ({error})") from error
         if kind == "python":
             return _build_python(architecture, name)
-    raise FastconError(f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
-                       ".safetensors file of fastcon's, or the folder of a run")  # fmt: skip
+    raise FastconError(
+        f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
+        ".safetensors file of fastcon's, or the folder of a run"
+    )
 
 
 def _build_torchvision(name: str, classes: int) -> nn.Module:
@@ -312,7 +330,9 @@ def _build_torchvision(name: str, classes: int) -> nn.Module:
         import difflib
 
         close = difflib.get_close_matches(name, models.list_models(module=models), 3)
-        raise FastconError(f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else ""))
+        raise FastconError(
+            f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else "")
+        )
     extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **extra)
 
@@ -324,8 +344,10 @@ def _build_python(architecture: str, name: str) -> nn.Module:
     try:
         net = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
-        raise FastconError(f"{architecture}: {error}; python:MODULE:FACTORY names a function without arguments that "
-                           "returns a torch.nn.Module") from error  # fmt: skip
+        raise FastconError(
+            f"{architecture}: {error}; python:MODULE:FACTORY names a function without arguments that "
+            "returns a torch.nn.Module"
+        ) from error
     if not isinstance(net, nn.Module):
         raise FastconError(f"{architecture} returned a {type(net).__name__}, not a torch.nn.Module")
     return net
@@ -356,8 +378,10 @@ def _torch_load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().split("\n")[0][:160]
-        raise FastconError(f"{path} holds no plain weights ({first}): only tensors are loaded, pickled code is never "
-                           "run; save its state_dict, or convert it to safetensors") from error  # fmt: skip
+        raise FastconError(
+            f"{path} holds no plain weights ({first}): only tensors are loaded, pickled code is never "
+            "run; save its state_dict, or convert it to safetensors"
+        ) from error
 
 
 def _torchvision_weights(name: str, weights: str) -> tuple[State, dict[str, str]]:
@@ -366,20 +390,26 @@ def _torchvision_weights(name: str, weights: str) -> tuple[State, dict[str, str]
     try:
         entry = models.get_model_weights(name)[weights]
     except (KeyError, ValueError) as error:
-        raise FastconError(f"torchvision has no weights {weights!r} for {name!r}, and no file of that name is here") from error
+        raise FastconError(
+            f"torchvision has no weights {weights!r} for {name!r}, and no file of that name is here"
+        ) from error
     preset = entry.transforms()
     mean, std = preset.mean, preset.std
     if name in ("googlenet", "inception_v3"):  # with these weights torchvision re-normalises inside (transform_input)
         mean, std = [0.5] * 3, [0.5] * 3
     meta = {
-        "classes": json.dumps(entry.meta["categories"]), "size": str(preset.crop_size[0]),
-        "mean": ",".join(map(str, mean)), "std": ",".join(map(str, std)),
-    }  # fmt: skip
+        "classes": json.dumps(entry.meta["categories"]),
+        "size": str(preset.crop_size[0]),
+        "mean": ",".join(map(str, mean)),
+        "std": ",".join(map(str, std)),
+    }
     try:
         return dict(entry.get_state_dict(progress=False, check_hash=True)), meta
     except OSError as error:
-        raise FastconError(f"the weights {weights} of {name} could not be downloaded ({error}): give a file, as "
-                           f"torchvision:{name}@FILE") from error  # fmt: skip
+        raise FastconError(
+            f"the weights {weights} of {name} could not be downloaded ({error}): give a file, as "
+            f"torchvision:{name}@FILE"
+        ) from error
 
 
 def _metadata(data: bytes, origin: str) -> dict[str, str]:
@@ -406,14 +436,19 @@ def _unwrapped(state: Any, origin: str) -> State:
 
 
 def _assemble(
-    architecture: str, state: State | None, meta: Mapping[str, str], options: Mapping[str, str],
-    size: int | None, classes: Sequence[str] | None, origin: str,
-) -> Classifier:  # fmt: skip
+    architecture: str,
+    state: State | None,
+    meta: Mapping[str, str],
+    options: Mapping[str, str],
+    size: int | None,
+    classes: Sequence[str] | None,
+    origin: str,
+) -> Classifier:
     net = build(architecture, len(classes) if classes else 1000, meta.get("pretrained") == "pretrained")
     path = head_path(net, origin)
     if state is not None:
         net = _load_state(net, path, architecture, state, origin)
-    outputs = net.get_submodule(path).weight.shape[0]  # type: ignore[union-attr]
+    outputs = _outputs(net, path)
     names = tuple(json.loads(meta["classes"])) if "classes" in meta else tuple(classes or ())
     if len(names) != outputs:
         if names:
@@ -422,25 +457,35 @@ def _assemble(
     settings = dict(meta) | dict(options)
     head = Head(meta.get("head", "head"), names, meta.get("kind", "softmax"))
     return Classifier(
-        net, [head], architecture=architecture, size=_size(settings.get("size"), size, origin),
-        mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin), std=_triple(settings.get("std"), IMAGENET_STD, origin),
-    ).eval()  # fmt: skip
+        net,
+        [head],
+        architecture=architecture,
+        size=_size(settings.get("size"), size, origin),
+        mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin),
+        std=_triple(settings.get("std"), IMAGENET_STD, origin),
+    ).eval()
 
 
 def _load_state(net: nn.Module, path: str, architecture: str, state: State, origin: str) -> nn.Module:
     weight = state.get(f"{path}.weight")
-    if weight is not None and weight.shape[0] != net.get_submodule(path).weight.shape[0]:  # type: ignore[union-attr]
+    if weight is not None and weight.shape[0] != _outputs(net, path):
         net = build(architecture, weight.shape[0])
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux", "AuxLogits"))}
     state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in state
-              if k in own and state[k].shape != own[k].shape]  # fmt: skip
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in state
+        if k in own and state[k].shape != own[k].shape
+    ]
     if missing or unexpected or shapes:
-        problems = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-                    for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)) if keys]  # fmt: skip
+        problems = [
+            f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+            if keys
+        ]
         raise FastconError(f"the weights of {origin} do not fit {architecture}: {'; '.join(problems)}")
     own.update(state)  # the network's own dict, since it carries the version that MNASNet asks for
     net.load_state_dict(own)
@@ -451,8 +496,10 @@ def _load_run(run: Path, options: Mapping[str, str]) -> Classifier:
     weights = next((run / name for name in RUN_WEIGHTS if (run / name).is_file()), None)
     if weights is None:
         unfinished = (run / "config.json").exists()
-        raise FastconError(f"{run} holds no {' or '.join(RUN_WEIGHTS)}: " + (
-            "the run is not finished, run its command again" if unfinished else "give the folder of a run"))  # fmt: skip
+        raise FastconError(
+            f"{run} holds no {' or '.join(RUN_WEIGHTS)}: "
+            + ("the run is not finished, run its command again" if unfinished else "give the folder of a run")
+        )
     model = from_bytes(weights.read_bytes(), str(weights), options)
     if (run / RUN_HEADS).is_file():
         _attach_heads(model, run / RUN_HEADS)
@@ -509,4 +556,3 @@ def names_size(spec: str) -> bool:
     if file.suffix == ".safetensors" and file.is_file():
         return "size" in _metadata(file.read_bytes(), spec)
     return bool(weights) and path.startswith("torchvision:") and not file.is_file()
-

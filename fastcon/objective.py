@@ -29,11 +29,15 @@ def choose_heads(
         raise FastconError(f"no teacher {unknown[0]!r} in the store: it has {', '.join(teachers)}")
     tasks = [name for name in teachers if name != generalist and (not only or name in only)]
     if method != "traditional" and generalist is None:
-        raise FastconError(f"--method {method} needs a generalist in the store: add one with `fastcon precompute "
-                           "--generalist NAME=MODEL`, or train with --method traditional")  # fmt: skip
+        raise FastconError(
+            f"--method {method} needs a generalist in the store: add one with `fastcon precompute "
+            "--generalist NAME=MODEL`, or train with --method traditional"
+        )
     if method != "soft-label" and not tasks:
-        raise FastconError(f"--method {method} needs a task-specific teacher in the store: add one with `fastcon precompute "
-                           "--teacher NAME=MODEL`, or train with --method soft-label")  # fmt: skip
+        raise FastconError(
+            f"--method {method} needs a task-specific teacher in the store: add one with `fastcon precompute "
+            "--teacher NAME=MODEL`, or train with --method soft-label"
+        )
     first = [generalist] if generalist is not None and method != "traditional" else []
     return first + (tasks if method != "soft-label" else [])
 
@@ -57,9 +61,12 @@ def segments(
     """The segment table of heads that lie side by side."""
     offsets = [sum(widths[:i]) for i in range(len(widths))]
     return Segments(
-        tuple(offsets), tuple(widths), tuple(weights), (float(temperature),) * len(widths),
+        tuple(offsets),
+        tuple(widths),
+        tuple(weights),
+        (float(temperature),) * len(widths),
         tuple(kinds or ["softmax"] * len(widths)),
-    )  # fmt: skip
+    )
 
 
 def loss(
@@ -84,19 +91,23 @@ def loss(
     names = list(teacher)
     if set(names) != set(student):
         raise FastconError(f"heads differ: the student has {', '.join(student)}, the teachers {', '.join(names)}")
-    table = weights if isinstance(weights, Segments) else segments(
-        [teacher[name].shape[1] for name in names],
-        [weights[name] if weights else 1 / len(names) for name in names],
-        temperature,
-        [(kinds or {}).get(name, "softmax") for name in names],
-    )  # fmt: skip
+    table = (
+        weights
+        if isinstance(weights, Segments)
+        else segments(
+            [teacher[name].shape[1] for name in names],
+            [weights[name] if weights else 1 / len(names) for name in names],
+            temperature,
+            [(kinds or {}).get(name, "softmax") for name in names],
+        )
+    )
     return multihead_cross_entropy(
         torch.cat([student[name] for name in names], 1), torch.cat([teacher[name] for name in names], 1), table
     )
 
 
 def parse_balance(text: str) -> tuple[float, float]:
-    """"OLD:NEW" → two positive numbers."""
+    """ "OLD:NEW" → two positive numbers."""
     parts: list[Any] = text.split(":")
     try:
         old, new = (float(part) for part in parts)

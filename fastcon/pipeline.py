@@ -147,9 +147,11 @@ def _dali(
     encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
 ) -> Iterator[Pixels]:
     optional_import("nvidia.dali", "dali")
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import types as dali_types
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
+    types: Any = dali_types  # its names are made at import, where no type checker sees them
     on_gpu = device.type == "cuda"
     failure: list[BaseException] = []
 
@@ -163,9 +165,14 @@ def _dali(
             raise StopIteration from error
         return data, request.boxes.astype(np.int32, copy=False), request.flips.astype(np.int32)
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device.index or 0 if on_gpu else None,
-                  prefetch_queue_depth=2)  # fmt: skip
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device.index or 0 if on_gpu else None,  # type: ignore[arg-type]
+        prefetch_queue_depth=2,
+    )
     def graph() -> Any:
+        images: Any
         jpegs, box, flip = fn.external_source(
             source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 0]
         )
@@ -177,7 +184,7 @@ def _dali(
             images = fn.slice(images, box[:2], box[2:], axes=[0, 1])
         else:
             images = fn.decoders.image_slice(jpegs, box[:2], box[2:], axes=[0, 1], device="cpu", **common)
-        resized = [fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes]
+        resized: list[Any] = [fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes]
         return tuple(fn.flip(image, horizontal=flip) for image in resized)
 
     pipe = graph()
@@ -190,8 +197,10 @@ def _dali(
                 raise failure[0] from None
             return
         except RuntimeError as error:
-            raise FastconError(f"DALI could not decode a batch: {' '.join(str(error).split())[:300]}; index the images "
-                               "without --trust-images to find the one at fault") from error  # fmt: skip
+            raise FastconError(
+                f"DALI could not decode a batch: {' '.join(str(error).split())[:300]}; index the images "
+                "without --trust-images to find the one at fault"
+            ) from error
         batch: Pixels = {}
         for size, output in zip(sizes, outputs, strict=True):
             pixels = torch.empty((len(output), size, size, 3), dtype=torch.uint8, device=device)
@@ -227,7 +236,7 @@ def rgb(data: bytes) -> Any:
     """Decode with Pillow to an RGB image as DALI does: stored orientation, 16-bit scaled to 8."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
     return image.convert("RGB")

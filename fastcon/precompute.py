@@ -8,16 +8,18 @@ asking for more views or another teacher computes just those.
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon import models, pipeline
+from fastcon import models, pipeline, views
 from fastcon import store as stores
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest
@@ -51,14 +53,20 @@ Progress = Callable[[int, int], None]
 
 
 def precompute(
-    path: str, manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, view_count: int,
-    settings: Settings, progress: Progress | None = None,
-) -> int:  # fmt: skip
+    path: str,
+    manifest: Manifest,
+    teachers: list[Teacher],
+    recipe: stores.Recipe,
+    view_count: int,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> int:
     """Fill a store; returns the number of rows computed (0: all were there). progress gets (rows done, rows to do).
 
     Raises FastconError for a store, teacher or image set that does not go with what is recorded.
     """
-    _check(teachers)
+    check_names([teacher.name for teacher in teachers])
+    started = time.perf_counter()
     used = pipeline.settings(settings.loader, settings.device)
     with stores.open_for_writing(path, manifest, recipe, view_count, used) as store:
         if store.record["samples_digest"] is None:
@@ -69,11 +77,20 @@ def precompute(
             weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist else None
             store.add_teacher(teacher.name, _record(teacher, settings), weights)
         missing = {teacher.name: ~store.done(teacher.name)[:view_count] for teacher in teachers}
-        work = [(view, chunk) for view in range(view_count) for chunk in range(store.chunks)
-                if any(lacks[view, chunk] for lacks in missing.values())]  # fmt: skip
+        work = [
+            (view, chunk)
+            for view in range(view_count)
+            for chunk in range(store.chunks)
+            if any(lacks[view, chunk] for lacks in missing.values())
+        ]
         if work:
-            _fill(store, manifest, teachers, missing, work, settings, progress)
-        return sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
+            fill(store, manifest, teachers, missing, work, settings, progress)
+        rows = sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
+        if rows and not stores.is_url(path):
+            seconds = time.perf_counter() - started
+            with open(os.path.join(path, "precompute.log"), "a") as log:
+                log.write(f"{', '.join(missing)}: {rows} rows in {seconds:.1f} s ({rows / seconds:.0f} rows/s)\n")
+        return rows
 
 
 def decode_samples(store: stores.Store, manifest: Manifest, settings: Settings) -> NDArray[np.uint8]:
@@ -83,9 +100,14 @@ def decode_samples(store: stores.Store, manifest: Manifest, settings: Settings) 
     request = Request(view.order[rows], view.boxes[rows], view.flips[rows])
     size = store.recipe.size
     [pixels] = pipeline.decode(
-        manifest, [request], [size], batch_size=len(rows), device=settings.device, loader=settings.loader,
+        manifest,
+        [request],
+        [size],
+        batch_size=len(rows),
+        device=settings.device,
+        loader=settings.loader,
         threads=settings.threads,
-    )  # fmt: skip
+    )
     return pixels[size].permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -100,51 +122,103 @@ def check_pixels(store: stores.Store, manifest: Manifest, settings: Settings, ex
     if difference == 0:
         return None
     was, now = store.record["pipeline"], pipeline.settings(settings.loader, settings.device)
-    changed = ", ".join(f"{key} {was.get(key)} → {now.get(key)}" for key in sorted({*was, *now}) if was.get(key) != now.get(key))
-    what = (f"images decode differently from when {store.path} was made: {difference:.3f} of 255 on average over "
-            f"{len(stored)} samples ({changed or 'same settings'})")  # fmt: skip
+    changed = ", ".join(
+        f"{key} {was.get(key)} → {now.get(key)}" for key in sorted({*was, *now}) if was.get(key) != now.get(key)
+    )
+    what = (
+        f"images decode differently from when {store.path} was made: {difference:.3f} of 255 on average over "
+        f"{len(stored)} samples ({changed or 'same settings'})"
+    )
     if exact or difference > 0.5:
         raise FastconError(f"{what}: use the loader, device and versions that made it, or make a new store")
     return what
 
 
-def _check(teachers: list[Teacher]) -> None:
-    names = [teacher.name for teacher in teachers]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise FastconError(f"teacher name {sorted(twice)[0]!r} is given twice: every teacher needs a name of its own")
-    if sum(teacher.generalist for teacher in teachers) > 1:
-        raise FastconError("a store has one generalist: give the others with --teacher")
-    if not teachers:
-        raise FastconError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+def check_names(names: Sequence[str]) -> None:
+    """Raise FastconError for a name that is used twice or cannot name a teacher."""
+    for name in names:
+        if names.count(name) > 1:
+            raise FastconError(f"teacher name {name!r} is given twice: every teacher needs a name of its own")
+        if not stores.NAME.fullmatch(name):
+            raise FastconError(
+                f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed"
+            )
+
+
+def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, settings: Settings) -> float:
+    """Rows a second of decoding and running the teachers here, on the first few batches after one to warm up."""
+    for teacher in teachers:
+        teacher.model.on(settings.device)
+    indices = np.arange(5 * settings.batch_size) % len(manifest)
+    boxes = views.boxes(
+        recipe.seed, manifest.ids[indices], 0, manifest.widths[indices], manifest.heights[indices], recipe.scale
+    )
+    flips = views.flips(recipe.seed, manifest.ids[indices], 0)
+    slices = [slice(at, at + settings.batch_size) for at in range(0, len(indices), settings.batch_size)]
+    requests = [Request(indices[rows], boxes[rows], flips[rows]) for rows in slices]
+    start = 0.0
+    decoded = pipeline.decode(
+        manifest,
+        requests,
+        [teacher.model.size for teacher in teachers],
+        batch_size=settings.batch_size,
+        device=settings.device,
+        loader=settings.loader,
+        threads=settings.threads,
+    )
+    for k, pixels in enumerate(decoded):
+        for teacher in teachers:
+            run_teacher(teacher.model, pixels[teacher.model.size], settings)
+        if k == 0:
+            start = time.perf_counter()
+    return (len(indices) - settings.batch_size) / (time.perf_counter() - start)
 
 
 def _record(teacher: Teacher, settings: Settings) -> dict[str, Any]:
     model = teacher.model
     return {
-        "role": "generalist" if teacher.generalist else "teacher", "spec": teacher.spec,
-        "architecture": model.architecture, "weights": model.digest(), "size": model.size,
-        "mean": list(model.mean), "std": list(model.std), "classes": list(model.heads[0].classes),
-        "kind": model.heads[0].kind, "logits": settings.logits, "precision": settings.precision,
-        "batch_size": settings.batch_size, "device": settings.device.type,
-    }  # fmt: skip
+        "role": "generalist" if teacher.generalist else "teacher",
+        "spec": teacher.spec,
+        "architecture": model.architecture,
+        "weights": model.digest(),
+        "size": model.size,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "classes": list(model.heads[0].classes),
+        "kind": model.heads[0].kind,
+        "logits": settings.logits,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
+        "device": settings.device.type,
+    }
 
 
 Work = list[tuple[int, int]]
 
 
-def _fill(
-    store: stores.StoreWriter, manifest: Manifest, teachers: list[Teacher], missing: dict[str, NDArray[np.bool_]],
-    work: Work, settings: Settings, progress: Progress | None,
-) -> None:  # fmt: skip
+def fill(
+    store: stores.StoreWriter,
+    manifest: Manifest,
+    teachers: list[Teacher],
+    missing: dict[str, NDArray[np.bool_]],
+    work: Work,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> None:
+    """Compute the (view, chunk) pairs of `work` for the teachers whose `missing` [V, chunks] says so, and write them."""
     for teacher in teachers:
-        teacher.model.to(settings.device, memory_format=torch.channels_last)
+        teacher.model.on(settings.device)
     batches = [(view, chunk, rows) for view, chunk in work for rows in batches_of(store, chunk, settings.batch_size)]
     total, done = sum(rows.stop - rows.start for *_, rows in batches), 0
     decoded = pipeline.decode(
-        manifest, _requests(store, batches), [teacher.model.size for teacher in teachers],
-        batch_size=settings.batch_size, device=settings.device, loader=settings.loader, threads=settings.threads,
-    )  # fmt: skip
+        manifest,
+        _requests(store, batches),
+        [teacher.model.size for teacher in teachers],
+        batch_size=settings.batch_size,
+        device=settings.device,
+        loader=settings.loader,
+        threads=settings.threads,
+    )
     parts: dict[str, list[NDArray[Any]]] = {}
     with _Writer(store) as writer:
         for (view, chunk, rows), pixels in zip(batches, decoded, strict=True):
@@ -190,8 +264,10 @@ def _check_finite(
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         image = manifest.name(int(store.view(view).order[rows.start + bad[0]]))
-        raise FastconError(f"teacher {teacher.name!r} gives NaN, infinite or {logits.dtype}-overflowing logits for image "
-                           f"{image!r} (view {view}): check its weights, or try --precision float32 --logits float32")  # fmt: skip
+        raise FastconError(
+            f"teacher {teacher.name!r} gives NaN, infinite or {logits.dtype}-overflowing logits for image "
+            f"{image!r} (view {view}): check its weights, or try --precision float32 --logits float32"
+        )
 
 
 class _Writer:
@@ -219,8 +295,10 @@ class _Writer:
 
     def _raise(self) -> None:
         if isinstance(self._error, OSError):
-            raise FastconError(f"{self._store.path} cannot be written ({self._error.strerror}): free space, then run the "
-                               "same command again, it resumes") from self._error  # fmt: skip
+            raise FastconError(
+                f"{self._store.path} cannot be written ({self._error.strerror}): free space, then run the "
+                "same command again, it resumes"
+            ) from self._error
         if self._error is not None:
             raise self._error
 

@@ -54,8 +54,10 @@ class Run:
         stored = json.loads(file.read_text())
         for key, value in json.loads(json.dumps(self.config)).items():
             if key != "versions" and stored.get(key) != value:
-                raise FastconError(f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
-                                   "use the same options to resume it, or another --out")  # fmt: skip
+                raise FastconError(
+                    f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
+                    "use the same options to resume it, or another --out"
+                )
 
 
 class Metrics:

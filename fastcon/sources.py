@@ -70,8 +70,10 @@ def read(sources: Sequence[str]) -> Listing:
     for source in sources:
         _Reader(listing).read(source)
     if not len(listing.size) and not listing.skipped:
-        raise FastconError(f"no images in {_named(sources)}: a folder, .tar shards or a list of paths is expected "
-                           f"to hold files ending in {', '.join(sorted(SUFFIXES)[:6])}, …")  # fmt: skip
+        raise FastconError(
+            f"no images in {_named(sources)}: a folder, .tar shards or a list of paths is expected "
+            f"to hold files ending in {', '.join(sorted(SUFFIXES)[:6])}, …"
+        )
     return listing
 
 
@@ -83,9 +85,9 @@ def _stat_lines(source: str) -> Iterator[str]:
     if source.startswith("torchvision:"):
         pairs = _paths_and_labels(_torchvision_dataset(source))
         if pairs is not None:
-            for path, label in pairs:
-                status = os.stat(path)
-                yield f"{path}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            for file, label in pairs:
+                status = os.stat(file)
+                yield f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
             return
         source = str(_materialised(source))
     for path in _expand(source):
@@ -106,8 +108,10 @@ def _expand(source: str) -> list[Path]:
     if not found:
         path = Path(source).expanduser()
         if not path.exists():
-            raise FastconError(f"no such image source: {source} (a folder, .tar shards, a text file of paths or "
-                               "torchvision:NAME?root=…)")  # fmt: skip
+            raise FastconError(
+                f"no such image source: {source} (a folder, .tar shards, a text file of paths or "
+                "torchvision:NAME?root=…)"
+            )
         return [path]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if span:
@@ -214,8 +218,10 @@ class _Reader:
         """Turn this source's own class indices into the listing's, sorted by name within the source."""
         listing = self.listing
         start = listing.label_ends[self.first - 1] if self.first else 0
-        counts = {b - a for a, b in zip([start, *listing.label_ends[self.first :]], listing.label_ends[self.first :],
-                                        strict=False)}  # fmt: skip
+        counts = {
+            b - a
+            for a, b in zip([start, *listing.label_ends[self.first :]], listing.label_ends[self.first :], strict=False)
+        }
         if len(self.local) < 2 and counts == {1}:
             del listing.labels[start:]
             for i in range(self.first, len(listing.label_ends)):
@@ -266,8 +272,10 @@ def _torchvision_dataset(source: str) -> Any:
     try:
         return factory(**options)
     except Exception as error:
-        raise FastconError(f"torchvision.datasets.{name} did not open with {options}: "
-                           f"{' '.join(str(error).split())} (add &download=True to let it download)") from error  # fmt: skip
+        raise FastconError(
+            f"torchvision.datasets.{name} did not open with {options}: "
+            f"{' '.join(str(error).split())} (add &download=True to let it download)"
+        ) from error
 
 
 def _literal(text: str) -> Any:

@@ -86,11 +86,15 @@ class Store:
         self._group = _open(self.path, "r")
         record = dict(self._group.attrs).get("fastcon")
         if not isinstance(record, dict):
-            raise FastconError(f"{self.path} is a Zarr group but no finished fastcon store: give the folder that "
-                               "`fastcon precompute --store` wrote")  # fmt: skip
+            raise FastconError(
+                f"{self.path} is a Zarr group but no finished fastcon store: give the folder that "
+                "`fastcon precompute --store` wrote"
+            )
         if record.get("format") != FORMAT:
-            raise FastconError(f"{self.path} has store format {record.get('format')!r}, this fastcon reads format "
-                               f"{FORMAT}: use the fastcon that wrote it, or make the store again")  # fmt: skip
+            raise FastconError(
+                f"{self.path} has store format {record.get('format')!r}, this fastcon reads format "
+                f"{FORMAT}: use the fastcon that wrote it, or make the store again"
+            )
         self.record: dict[str, Any] = record
         self.recipe = Recipe.from_record(record["recipe"])
         self.rows: int = record["images"]["count"]
@@ -120,8 +124,10 @@ class Store:
         """Order, boxes and flips of a view, checked against the record's digest."""
         columns = [_read(self._group[name], view) for name in ("order", "boxes", "flips")]
         if _digest(*columns) != self.record["view_digests"][view]:
-            raise FastconError(f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
-                               "`fastcon verify --repair` writes them anew from the recipe")  # fmt: skip
+            raise FastconError(
+                f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
+                "`fastcon verify --repair` writes them anew from the recipe"
+            )
         return View(*columns)
 
     def image_columns(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
@@ -159,10 +165,13 @@ class Store:
         try:
             rows = np.ascontiguousarray(teacher["logits"][view, start:stop])
         except Exception as error:
-            raise FastconError(f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again") from error
+            raise FastconError(
+                f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again"
+            ) from error
         if checksum(rows) != expected:
-            raise FastconError(f"{where} is missing or holds other rows than were written: `fastcon verify --repair` "
-                               "computes it again")  # fmt: skip
+            raise FastconError(
+                f"{where} is missing or holds other rows than were written: `fastcon verify --repair` computes it again"
+            )
         return rows
 
     def weights(self, name: str) -> bytes:
@@ -172,7 +181,9 @@ class Store:
             raise FastconError(f"{self.path} keeps no weights of {name!r}, only those of a generalist")
         data = _read(teacher["weights"])
         if _digest(data) != self.teachers[name]["weights_file_digest"]:
-            raise FastconError(f"{self.path}: the weights of {name!r} are missing or damaged; add it again with precompute")
+            raise FastconError(
+                f"{self.path}: the weights of {name!r} are missing or damaged; add it again with precompute"
+            )
         return data.tobytes()
 
     def check_images(self, manifest: Manifest) -> None:
@@ -180,8 +191,10 @@ class Store:
         if manifest.digest == self.record["images"]["digest"]:
             return
         ids, digests = self.image_columns()
-        here = (f"the store was made from {self.rows:,} images (digest {self.record['images']['digest'][:12]}), these are "
-                f"{len(manifest):,} (digest {manifest.digest[:12]})")  # fmt: skip
+        here = (
+            f"the store was made from {self.rows:,} images (digest {self.record['images']['digest'][:12]}), these are "
+            f"{len(manifest):,} (digest {manifest.digest[:12]})"
+        )
         way = "give the images it was made from, or make a new store"
         known = {int(i): k for k, i in enumerate(manifest.ids)}
         for k, image in enumerate(ids):
@@ -211,8 +224,11 @@ class StoreWriter(Store):
 
     def add_teacher(self, name: str, record: dict[str, Any], weights: bytes | None) -> None:
         """Make room for a teacher's logits up to the store's views, or check that it is the one recorded."""
-        if not NAME.fullmatch(name):
-            raise FastconError(f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed")
+        if record["role"] == "generalist" and self.generalist not in (None, name):
+            raise FastconError(
+                f"{self.path} has the generalist {self.generalist!r}, and a store has one: add {name!r} with "
+                "--teacher, or use another --store"
+            )
         if name in self.teachers:
             self._check_same_teacher(name, record)
         else:
@@ -253,8 +269,10 @@ class StoreWriter(Store):
             return
         key = "weights" if "weights" in differing else differing[0]
         was, now = (_short(value) for value in (stored[key], record.get(key)))
-        raise FastconError(f"teacher {name!r} is in {self.path} with {key} {was}, the one given has {now}: give the "
-                           "recorded one, or add this one under another name")  # fmt: skip
+        raise FastconError(
+            f"teacher {name!r} is in {self.path} with {key} {was}, the one given has {now}: give the "
+            "recorded one, or add this one under another name"
+        )
 
     def _commit(self) -> None:
         self._group.attrs["fastcon"] = self.record
@@ -303,17 +321,20 @@ def checksum(rows: NDArray[Any]) -> int:
     return int(google_crc32c.value(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
-def _create_store(
-    path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]
-) -> None:
+def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]) -> None:
     if len(manifest) > np.iinfo(np.uint32).max:
         raise FastconError(f"a store holds at most 2^32 images, these are {len(manifest)}")
     group = _open(path, "w")
     record: dict[str, Any] = {
-        "format": FORMAT, "recipe": recipe.record(), "pipeline": pipeline,
+        "format": FORMAT,
+        "recipe": recipe.record(),
+        "pipeline": pipeline,
         "images": {"count": len(manifest), "digest": manifest.digest, "sources": manifest.sources},
-        "views": 0, "view_digests": [], "samples_digest": None, "teachers": {},
-    }  # fmt: skip
+        "views": 0,
+        "view_digests": [],
+        "samples_digest": None,
+        "teachers": {},
+    }
     n = len(manifest)
     for name in ("ids", "digests", "names", "name_ends"):
         column = np.asarray(getattr(manifest, name))
@@ -339,7 +360,7 @@ def _write_views(group: Any, record: dict[str, Any], recipe: Recipe, manifest: M
 def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
     """What the recipe says of a view: a pure function of (seed, image ids and sizes, view)."""
     order = views.order(recipe.seed, manifest.ids, view)
-    ids, widths, heights = (column[order] for column in (manifest.ids, manifest.widths, manifest.heights))
+    ids, widths, heights = manifest.ids[order], manifest.widths[order], manifest.heights[order]
     boxes = views.boxes(recipe.seed, ids, view, widths, heights, recipe.scale, recipe.ratio)
     return View(order.astype(np.uint32), boxes, views.flips(recipe.seed, ids, view))
 
@@ -348,8 +369,10 @@ def _check_recipe(store: Store, recipe: Recipe) -> None:
     stored, given = store.recipe.record(), recipe.record()
     for key, value in stored.items():
         if value != given[key]:
-            raise FastconError(f"{store.path} was made with {key} {value}, this call says {given[key]}: use the same "
-                               f"{key}, or another --store")  # fmt: skip
+            raise FastconError(
+                f"{store.path} was made with {key} {value}, this call says {given[key]}: use the same "
+                f"{key}, or another --store"
+            )
 
 
 def _open(path: str, mode: str) -> Any:
@@ -361,8 +384,9 @@ def _open(path: str, mode: str) -> Any:
     except ImportError as error:
         raise FastconError(f"{path} lies in object storage: pip install 'fastcon[s3]' to read it ({error})") from error
     except Exception as error:
-        raise FastconError(f"{path} is no fastcon store ({_line(error)}): give the folder that `fastcon precompute "
-                           "--store` wrote") from error  # fmt: skip
+        raise FastconError(
+            f"{path} is no fastcon store ({_line(error)}): give the folder that `fastcon precompute --store` wrote"
+        ) from error
 
 
 def _exists(path: str) -> bool:
@@ -374,7 +398,9 @@ def _exists(path: str) -> bool:
     if not (Path(path) / "zarr.json").exists():
         foreign = [entry.name for entry in Path(path).iterdir() if entry.suffix not in (".lock", ".log", ".partial")]
         if foreign:
-            raise FastconError(f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder")
+            raise FastconError(
+                f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder"
+            )
         return False
     group = _open(path, "r")
     if "fastcon" in group.attrs:
@@ -389,10 +415,16 @@ _CREATED = {"zarr.json", "images", "order", "boxes", "flips", "write.lock", "pre
 
 def _create(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, fill: int = 0) -> Any:
     return group.create_array(
-        name, shape=shape, chunks=tuple(max(c, 1) for c in chunks), dtype=dtype, fill_value=fill, overwrite=True,
-        filters=None, serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
+        name,
+        shape=shape,
+        chunks=tuple(max(c, 1) for c in chunks),
+        dtype=dtype,
+        fill_value=fill,
+        overwrite=True,
+        filters=None,
+        serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
         compressors=Crc32cCodec(),
-    )  # fmt: skip
+    )
 
 
 def _read(array: Any, index: int | None = None) -> NDArray[Any]:
@@ -400,14 +432,16 @@ def _read(array: Any, index: int | None = None) -> NDArray[Any]:
     try:
         return np.ascontiguousarray(array[...] if index is None else array[index])
     except Exception as error:
-        raise FastconError(f"{array.store_path}: array {array.path!r} is damaged ({_line(error)}); `fastcon verify "
-                           "--repair` mends what can be mended") from error  # fmt: skip
+        raise FastconError(
+            f"{array.store_path}: array {array.path!r} is damaged ({_line(error)}); `fastcon verify "
+            "--repair` mends what can be mended"
+        ) from error
 
 
 def _digest(*columns: NDArray[Any]) -> str:
     hasher = hashlib.sha256()
     for column in columns:
-        hasher.update(np.ascontiguousarray(column))
+        hasher.update(np.ascontiguousarray(column).data)
     return hasher.hexdigest()
 
 

@@ -68,9 +68,14 @@ class Machine:
 
 
 def train(
-    store_path: str, out: str, options: Options, machine: Machine | None = None, images: list[str] | None = None,
-    say: Callable[[str], None] = lambda line: None, progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    store_path: str,
+    out: str,
+    options: Options,
+    machine: Machine | None = None,
+    images: list[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Train a student into the folder `out` and return its last metrics. say gets notes and warnings for the user.
 
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
@@ -85,16 +90,26 @@ def train(
         say(f"{out} is finished: nothing to do")
         return {}
     loader = Loader(
-        store, images, options.batch_size, heads=names, seed=options.seed, lanes=options.lanes, device=device,
-        loader=machine.loader, threads=machine.threads, exact_pixels=machine.exact_pixels,
-    )  # fmt: skip
+        store,
+        images,
+        options.batch_size,
+        heads=names,
+        seed=options.seed,
+        lanes=options.lanes,
+        device=device,
+        loader=machine.loader,
+        threads=machine.threads,
+        exact_pixels=machine.exact_pixels,
+    )
     if loader.warning:
         say(f"warning: {loader.warning}")
     if loader.schedule.left_out:
-        say(f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})")
+        say(
+            f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})"
+        )
 
     student, untrained = build_student(store, names, options, loader, say)
-    student.to(device, memory_format=torch.channels_last).train()
+    student.on(device).train()
     weights = objective.head_weights(names, store.generalist, options.balance)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
     segments = objective.segments(widths, weights, options.temperature, kinds)
@@ -120,10 +135,19 @@ def train(
     forward = torch.compile(student) if machine.compile else student
 
     def save() -> None:
-        checkpoint.save(run.checkpoints, step, {
-            "student": student.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state(), "tally": tally.state(), "step": step, "metrics": metrics.position,
-        })  # fmt: skip
+        checkpoint.save(
+            run.checkpoints,
+            step,
+            {
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "tally": tally.state(),
+                "step": step,
+                "metrics": metrics.position,
+            },
+        )
 
     row: dict[str, Any] = {}
     epoch, done = divmod(step, loader.schedule.steps)
@@ -156,7 +180,9 @@ def train(
                 saved = time.monotonic()
             if stop and step < total:
                 metrics.close()
-                raise Interrupted(f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume")
+                raise Interrupted(
+                    f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume"
+                )
     metrics.close()
     checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
     checkpoint.write_atomically(run.path / RESULT, _export(student, names, untrained))
@@ -171,13 +197,17 @@ def build_student(
     Backbone and head 0 start from the generalist's stored weights, or from --student.
     """
     if options.student is None and store.generalist is None:
-        raise FastconError("the store has no generalist to start from: give --student MODEL (the paper found that a student "
-                           "that does not start from a generalist loses most of what makes it general)")  # fmt: skip
+        raise FastconError(
+            "the store has no generalist to start from: give --student MODEL (the paper found that a student "
+            "that does not start from a generalist loses most of what makes it general)"
+        )
     heads = [Head(name, tuple(store.teachers[name]["classes"]), store.teachers[name]["kind"]) for name in names]
     if options.labels:
         if LABELS_HEAD in store.teachers or not (loader.manifest.labels >= 0).all():
-            raise FastconError("--labels needs a class for every proxy image (sub-folders are classes), and no teacher "
-                               f"named {LABELS_HEAD!r}")  # fmt: skip
+            raise FastconError(
+                "--labels needs a class for every proxy image (sub-folders are classes), and no teacher "
+                f"named {LABELS_HEAD!r}"
+            )
         heads.append(Head(LABELS_HEAD, tuple(loader.manifest.classes)))
     if options.student is None:
         assert store.generalist is not None
@@ -251,8 +281,12 @@ class _Tally:
     def read(self) -> dict[str, Any]:
         loss = self._loss.item() / self._batches
         per_head = (self._sums / self._rows).T.tolist()
-        heads = {name: {"loss": head[0]} if name == LABELS_HEAD else dict(zip(("loss", "kl", "agreement"), head, strict=True))
-                 for name, head in zip(self._names, per_head, strict=True)}  # fmt: skip
+        heads = {
+            name: {"loss": head[0]}
+            if name == LABELS_HEAD
+            else dict(zip(("loss", "kl", "agreement"), head, strict=True))
+            for name, head in zip(self._names, per_head, strict=True)
+        }
         row = {"images": self._rows, "loss": loss, "heads": heads}
         self._sums.zero_()
         self._loss.zero_()
@@ -275,14 +309,20 @@ def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def _refuse_nan(row: dict[str, Any], out: str) -> None:
     if not math.isfinite(row["loss"]):
         head = next((name for name, head in row["heads"].items() if not math.isfinite(head["loss"])), "?")
-        raise FastconError(f"the loss is {row['loss']} at step {row['step']} (first at head {head!r}); the last good "
-                           f"checkpoint is in {out}/checkpoints: lower the learning rates, or train with --precision float32")  # fmt: skip
+        raise FastconError(
+            f"the loss is {row['loss']} at step {row['step']} (first at head {head!r}); the last good "
+            f"checkpoint is in {out}/checkpoints: lower the learning rates, or train with --precision float32"
+        )
 
 
 def _identity(store: Store, names: list[str]) -> dict[str, Any]:
     """What of a store a run depends on."""
-    return {"recipe": store.recipe.record(), "images": store.record["images"]["digest"], "views": store.views,
-            "teachers": {name: store.teachers[name]["weights"] for name in names}}  # fmt: skip
+    return {
+        "recipe": store.recipe.record(),
+        "images": store.record["images"]["digest"],
+        "views": store.views,
+        "teachers": {name: store.teachers[name]["weights"] for name in names},
+    }
 
 
 def _export(student: Classifier, names: list[str], untrained: Untrained | None) -> bytes:

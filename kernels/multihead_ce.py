@@ -82,11 +82,14 @@ def multihead_cross_entropy(
     Raises ValueError for shapes that do not fit the table.
     """
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ValueError(f"logits are [B, C] of equal B: student {tuple(student.shape)}, "
-                         f"teacher {tuple(teacher.shape)}")  # fmt: skip
+        raise ValueError(
+            f"logits are [B, C] of equal B: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        )
     if min(student.shape[1], teacher.shape[1]) < segments.columns:
-        raise ValueError(f"the segment table ends at column {segments.columns}, the logits have "
-                         f"{student.shape[1]} (student) and {teacher.shape[1]} (teacher)")  # fmt: skip
+        raise ValueError(
+            f"the segment table ends at column {segments.columns}, the logits have "
+            f"{student.shape[1]} (student) and {teacher.shape[1]} (teacher)"
+        )
     chosen = impl or ("triton" if student.is_cuda else "torch")
     return MultiHeadLoss(*_MultiHeadCrossEntropy.apply(student, teacher, segments, chosen))
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastcon.kernels.multihead_ce import SIGMOID, Segments
+from torch import Tensor
 
 LARGEST_BLOCK = 4096
 
@@ -29,10 +28,22 @@ def _sigmoid(z):
 
 @triton.jit
 def _multihead_ce(
-    student_ptr, teacher_ptr, gradient_ptr, losses_ptr, entropies_ptr, agreement_ptr, places_ptr, factors_ptr,
-    student_stride, teacher_stride, gradient_stride, heads,
-    SIGMOID_KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student_ptr,
+    teacher_ptr,
+    gradient_ptr,
+    losses_ptr,
+    entropies_ptr,
+    agreement_ptr,
+    places_ptr,
+    factors_ptr,
+    student_stride,
+    teacher_stride,
+    gradient_stride,
+    heads,
+    SIGMOID_KIND: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     offset = tl.load(places_ptr + head * 3)
@@ -125,11 +136,20 @@ def losses_and_gradient(
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
     _multihead_ce[(rows, heads)](
-        student, teacher, student if gradient is None else gradient, *statistics, places, factors,
-        student.stride(0), teacher.stride(0), student.stride(0) if gradient is None else gradient.stride(0), heads,
-        SIGMOID_KIND=SIGMOID, GRADIENT=needs_gradient,
+        student,
+        teacher,
+        student if gradient is None else gradient,
+        *statistics,
+        places,
+        factors,
+        student.stride(0),
+        teacher.stride(0),
+        student.stride(0) if gradient is None else gradient.stride(0),
+        heads,
+        SIGMOID_KIND=SIGMOID,
+        GRADIENT=needs_gradient,
         BLOCK=min(triton.next_power_of_2(max(segments.widths)), LARGEST_BLOCK),
-    )  # fmt: skip
+    )
     losses, entropies, agreement = statistics
     return losses, entropies, agreement, gradient
 

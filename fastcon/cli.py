@@ -1,0 +1,797 @@
+"""The command line: parses, calls, prints. The only module that knows click; heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastcon import __version__
+from fastcon.errors import FastconError, Interrupted, UsageError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the same command again
+
+
+class _Group(click.Group):
+    """Prints fastcon's errors as one line, and nothing else of them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Interrupted as error:
+            click.echo(f"fastcon: {error}", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except FastconError as error:
+            click.echo(f"fastcon: {error}", err=True)
+            ctx.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
+        except OSError as error:
+            click.echo(
+                f"fastcon: {error.filename or 'the system'}: {error.strerror or error}: free space or mend the "
+                "permissions, then run the same command again",
+                err=True,
+            )
+            ctx.exit(EXIT_ERROR)
+
+
+def _from_file(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    known = {name.lstrip("-"): p.name for p in ctx.command.params for name in p.opts}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise click.BadParameter(f"{path}: {unknown[0]!r} is no option of {ctx.command.name}")
+    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: value for key, value in values.items()}}
+
+
+def _options(*decorators: Callable) -> Callable:
+    def apply(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def _option(*names: str, **settings: Any) -> Callable:
+    if not settings.get("is_flag") and settings.get("default") is not None:
+        settings.setdefault("show_default", True)
+    return click.option(*names, **settings)
+
+
+class _Pair(click.ParamType):
+    name = "NAME=MODEL"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, model = value.partition("=")
+        if not (name and equals and model):
+            self.fail(f"{value!r} is not NAME=MODEL, as birds=runs/birds", param, ctx)
+        return name, model
+
+
+_machine = _options(
+    _option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one."),
+    _option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="What the network computes in; heads are always float32.",
+    ),
+    _option("--loader", type=click.Choice(["dali", "torchvision"]), default="dali", help="Who decodes."),
+    _option("--threads", type=click.IntRange(1), default=None, help="Decoding threads (default: one a core)."),
+)
+_common = _options(
+    _option(
+        "--config",
+        type=click.Path(),
+        is_eager=True,
+        expose_value=False,
+        callback=_from_file,
+        help="TOML file with any of these options; flags win.",
+    ),
+    _option("--json", "json_file", type=click.Path(), default=None, help="Also write the result to this file."),
+)
+_indexing = _options(
+    _option("--trust-images", is_flag=True, help="Read headers only, do not decode every image once."),
+    _option("--strict", is_flag=True, help="Stop if any image cannot be used, instead of leaving it out."),
+)
+_data = _options(
+    _option("--train", "train_images", multiple=True, required=True, help="Labelled training IMAGES (repeatable)."),
+    _option("--test", "test_images", multiple=True, help="Labelled test IMAGES."),
+    _option(
+        "--holdout",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=None,
+        help="Instead of --test: this share of every class is kept aside as the test part.",
+    ),
+)
+_split_seed = _option("--split-seed", type=click.IntRange(0), default=0, help="Seed of hold-out and class split.")
+_dry_run = _option("--dry-run", is_flag=True, help="Print what would be done and what it would cost.")
+_SEED = {"type": click.IntRange(0, 2**64 - 1), "default": 0}
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Many teachers, stored logits, one student: representation consolidation (arXiv 2107.08039).
+
+    \b
+    fastcon teach      --train birds/ --holdout 0.5 --split t --init MODEL --out runs/birds
+    fastcon precompute proxy/ --store store --views 4 --generalist imagenet=MODEL --teacher birds=runs/birds
+    fastcon train      --store store --out runs/student
+    fastcon probe      runs/student runs/birds --train birds/ --holdout 0.5 --split d
+
+    IMAGES is a folder (sub-folders are classes), tar shards ('proxy-{000..005}.tar'), a text file of paths, or
+    torchvision:Flowers102?root=…&split=train. MODEL is torchvision:NAME[@WEIGHTS], timm:NAME[@pretrained],
+    python:MODULE:FACTORY, a .safetensors file or the folder of a run; options follow a '?': ?size=64&mean=…&std=….
+    """
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True)
+@_option("--store", required=True, help="Folder (or s3:// URL) of the store.")
+@_option("--views", type=click.IntRange(1), required=True, help="Augmented views of every image.")
+@_option("--generalist", type=_Pair(), default=None, help="The generalist: the student starts from it.")
+@_option("--teacher", "teachers", type=_Pair(), multiple=True, help="A task-specific teacher (repeatable).")
+@_option("--seed", **_SEED, help="Seed of crops, flips and order.")
+@_option("--size", type=click.IntRange(8, 4096), default=224, help="Side of the views, in pixels.")
+@_option(
+    "--scale",
+    type=click.FloatRange(0, 1, min_open=True),
+    nargs=2,
+    default=(0.08, 1.0),
+    help="Range of the crop's area.",
+)
+@_option("--logits", type=click.Choice(["float16", "float32"]), default="float16", help="Stored type.")
+@_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
+@_machine
+@_indexing
+@_dry_run
+@_common
+def precompute(
+    images: tuple[str, ...],
+    store: str,
+    views: int,
+    generalist: tuple[str, str] | None,
+    teachers: tuple[tuple[str, str], ...],
+    seed: int,
+    size: int,
+    scale: tuple[float, float],
+    logits: str,
+    batch_size: int,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Run every teacher once over augmented views of IMAGES and store its logits.
+
+    Running it again resumes; more --views or another --teacher compute just those.
+
+    \b
+    fastcon precompute proxy/ --store store --views 4 --generalist imagenet=torchvision:resnet50@IMAGENET1K_V2 \\
+        --teacher birds=runs/birds
+    """
+    if scale[0] > scale[1]:
+        raise UsageError(f"--scale {scale[0]} {scale[1]}: the smaller share of the area comes first")
+    if generalist is None and not teachers:
+        raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+    from fastcon import models
+    from fastcon import precompute as stage
+    from fastcon.store import Recipe, Store
+
+    chosen = models.choose_device(device)
+    settings = stage.Settings(
+        batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads, logits
+    )
+    named = ([generalist] if generalist else []) + list(teachers)
+    stage.check_names([name for name, _ in named])
+    loaded = [
+        stage.Teacher(name, spec, models.load(spec, size=size), (name, spec) == generalist) for name, spec in named
+    ]
+    manifest = _index(images, trust_images, strict)
+    rows = len(manifest) * views
+    _note(f"{len(manifest):,} images x {views} views = {rows:,} rows; {_classes(loaded)}")
+    if generalist is None:
+        _note(
+            "no generalist: the paper found (Table 4) that students without one lose on unrelated tasks what they gain "
+            "on the related; --generalist can be added to this store later"
+        )
+    if dry_run:
+        width = {"float16": 2, "float32": 4}[logits] * sum(len(t.model.heads[0].classes) for t in loaded)
+        rate = stage.measure(manifest, loaded, Recipe(seed, size, scale), settings)
+        _finish(
+            {
+                "images": len(manifest),
+                "rows": rows,
+                "bytes": rows * width,
+                "rows_per_second": rate,
+                "seconds": rows / rate,
+            },
+            json_file,
+            f"would store {_bytes(rows * width)} in about {_seconds(rows / rate)} ({rate:,.0f} rows/s here)",
+        )
+        return
+    bar = _Bar("precompute", "rows")
+    done = stage.precompute(store, manifest, loaded, Recipe(seed, size, scale), views, settings, bar)
+    bar.close()
+    whole = Store(store)
+    result = {
+        "store": store,
+        "images": len(manifest),
+        "views": whole.views,
+        "rows_computed": done,
+        "seconds": bar.seconds,
+        "rejected": len(manifest.rejects),
+    }
+    text = f"{done:,} rows computed in {_seconds(bar.seconds)}" if done else "every row is there: nothing to do"
+    _finish(result, json_file, f"{store}: {text}; {_bytes(_size_of(store))} on disk")
+
+
+@main.command()
+@_option("--store", required=True, help="The store that precompute made.")
+@_option("--out", required=True, help="Folder of the run.")
+@_option("--images", multiple=True, help="Where the images are now (default: where they were).")
+@_option("--student", default=None, help="MODEL to start from (default: the store's generalist).")
+@_option(
+    "--method",
+    type=click.Choice(["consolidate", "traditional", "soft-label"]),
+    default="consolidate",
+    help="All heads; the teachers' alone; the generalist's alone.",
+)
+@_option("--heads", default=None, help="NAME,… of the teachers to use (default: all).")
+@_option("--balance", default="1:1", help="OLD:NEW weight of the generalist against the teachers.")
+@_option("--temperature", type=click.FloatRange(0, min_open=True), default=2.0, help="T of the softmax.")
+@_option("--labels", is_flag=True, help="Add a supervised head where the proxy has classes.")
+@_option("--epochs", type=click.IntRange(1), default=40, help="Passes over the images.")
+@_option("--batch-size", type=click.IntRange(1), default=32, help="Images a step.")
+@_option("--lr-backbone", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbone.")
+@_option("--lr-heads", type=click.FloatRange(0), default=0.01, help="Learning rate of the heads.")
+@_option("--momentum", type=click.FloatRange(0, 1), default=0.9, help="Momentum of SGD.")
+@_option("--weight-decay", type=click.FloatRange(0), default=1e-4, help="Weight decay.")
+@_option("--seed", **_SEED, help="Seed of new heads and of later rounds' order.")
+@_option(
+    "--lanes", type=click.IntRange(1), default=None, help="Runs that a batch is drawn from (default: 8, 4, 2 or 1)."
+)
+@_option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+@_option("--exact-pixels", is_flag=True, help="Refuse images that decode to any other pixel than recorded.")
+@_option("--log-every", type=click.IntRange(1), default=100, help="Steps between rows of metrics.jsonl.")
+@_option("--checkpoint-minutes", type=click.FloatRange(0), default=5.0, help="Time between checkpoints.")
+@_option("--tensorboard", is_flag=True, help="Write TensorBoard events too (extra).")
+@_machine
+@_dry_run
+@_common
+def train(
+    store: str,
+    out: str,
+    images: tuple[str, ...],
+    student: str | None,
+    method: str,
+    heads: str | None,
+    balance: str,
+    temperature: float,
+    labels: bool,
+    epochs: int,
+    batch_size: int,
+    lr_backbone: float,
+    lr_heads: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    lanes: int | None,
+    compile_: bool,
+    exact_pixels: bool,
+    log_every: int,
+    checkpoint_minutes: float,
+    tensorboard: bool,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Train a student on the stored logits of all teachers. Running it again resumes.
+
+    \b
+    fastcon train --store store --out runs/student
+    fastcon train --store store --out runs/related --balance 1:3 --epochs 10
+    """
+    from fastcon import objective
+    from fastcon import train as stage
+    from fastcon.store import Store
+
+    options = stage.Options(
+        method=method,
+        heads=tuple(heads.split(",")) if heads else (),
+        student=student,
+        balance=objective.parse_balance(balance),
+        temperature=temperature,
+        labels=labels,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr_backbone=lr_backbone,
+        lr_heads=lr_heads,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        seed=seed,
+        lanes=lanes,
+        precision=precision,
+    )
+    machine = stage.Machine(
+        device, loader, threads, compile_, exact_pixels, log_every, checkpoint_minutes * 60, tensorboard
+    )
+    if dry_run:
+        opened = Store(store)
+        names = objective.choose_heads(method, list(opened.teachers), opened.generalist, options.heads)
+        lambdas = dict(zip(names, objective.head_weights(names, opened.generalist, options.balance), strict=True))
+        steps = opened.rows // batch_size * epochs
+        _finish(
+            {"steps": steps, "weights": lambdas},
+            json_file,
+            f"would train {steps:,} steps of {batch_size} on "
+            + ", ".join(f"{n} (weight {w:.3g})" for n, w in lambdas.items()),
+        )
+        return
+    bar = _Bar("train", "steps")
+    row = stage.train(store, out, options, machine, list(images) or None, say=_note, progress=bar)
+    bar.close()
+    if row:
+        heads_line = "; ".join(
+            f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in head.items()) for name, head in row["heads"].items()
+        )
+        _finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads_line})")
+
+
+@main.command()
+@click.argument("backbones", nargs=-1, required=True)
+@_data
+@_option("--split", type=click.Choice(["none", "t", "d"]), default="none", help="All classes, or one random half.")
+@_split_seed
+@_option("--shots", type=click.IntRange(1), default=5, help="Training images a class in each trial.")
+@_option("--full", is_flag=True, help="Train once on all images instead.")
+@_option("--trials", type=click.IntRange(1), default=50, help="Draws of training images.")
+@_option("--folds", type=click.IntRange(2), default=5, help="Cross-validation folds that choose C.")
+@_option("--c-grid", default="0.001,0.01,0.1,1,10,100,1000", help="Values of C.")
+@_option("--solver", type=click.Choice(["auto", "batched", "sklearn"]), default="auto", help="Who solves the SVMs.")
+@_option(
+    "--scale-features", type=click.Choice(["none", "l2"]), default="none", help="Scaling of features (the paper: none)."
+)
+@_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the backbones').")
+@_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
+@_option("--seed", **_SEED, help="Seed of draws and folds: the same for every backbone.")
+@_machine
+@_indexing
+@_common
+def probe(
+    backbones: tuple[str, ...],
+    train_images: tuple[str, ...],
+    test_images: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    shots: int,
+    full: bool,
+    trials: int,
+    folds: int,
+    c_grid: str,
+    solver: str,
+    scale_features: str,
+    size: int | None,
+    batch_size: int,
+    seed: int,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    json_file: str | None,
+) -> None:
+    """Few-shot linear SVM accuracy of the frozen features of each BACKBONE (a MODEL).
+
+    \b
+    fastcon probe runs/student runs/birds --train birds/ --holdout 0.5 --split d
+    fastcon probe torchvision:resnet50@IMAGENET1K_V2 --train flowers/train --test flowers/test --trials 20
+    """
+    from fastcon import models, splits
+    from fastcon import probe as stage
+    from fastcon.features import features
+    from fastcon.precompute import Settings
+
+    grid = _floats(c_grid, "--c-grid")
+    chosen = models.choose_device(device)
+    settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    train_set, test_set = splits.labelled(
+        train_images, test_images or None, holdout, split, split_seed, trust=trust_images, strict=strict
+    )
+    loaded = [models.load(spec) for spec in backbones]
+    side = size or _common_size(backbones, [model.size for model in loaded])
+    _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images, {side} px")
+    rows = []
+    for spec, model in zip(backbones, loaded, strict=True):
+        model.on(settings.device)
+        arrays = [
+            _scaled(features(model, part.manifest, settings, side)[part.indices], scale_features)
+            for part in (train_set, test_set)
+        ]
+        bar = _Bar(f"probe {spec}", "trials")
+        result = stage.few_shot(
+            arrays[0],
+            train_set.labels,
+            arrays[1],
+            test_set.labels,
+            shots=None if full else shots,
+            trials=trials,
+            c_grid=grid,
+            folds=folds,
+            solver=solver,
+            seed=seed,
+            ids=train_set.ids,
+            progress=bar,
+        )
+        bar.close()
+        rows.append(
+            {
+                "backbone": spec,
+                "accuracy": result.mean,
+                "std": result.std,
+                "ci95": result.ci95,
+                "accuracies": result.accuracies,
+                "chosen_c": result.chosen_c,
+                "seconds": bar.seconds,
+                "per_class": dict(zip(train_set.classes, result.per_class, strict=True)),
+            }
+        )
+        click.echo(
+            f"{spec}: {result.mean:.2%} ± {result.ci95:.2%} (std {result.std:.2%}, {len(result.accuracies)} trials)"
+        )
+    _finish(
+        {
+            "command": "probe",
+            "train": list(train_images),
+            "test": list(test_images),
+            "holdout": holdout,
+            "split": split,
+            "split_seed": split_seed,
+            "seed": seed,
+            "shots": None if full else shots,
+            "trials": 1 if full else trials,
+            "folds": folds,
+            "c_grid": grid,
+            "solver": solver,
+            "scale_features": scale_features,
+            "size": side,
+            "classes": len(train_set.classes),
+            "train_images": len(train_set),
+            "test_images": len(test_set),
+            "results": rows,
+        },
+        json_file,
+    )
+
+
+@main.command()
+@_data
+@_option("--split", type=click.Choice(["none", "t", "d"]), default="t", help="All classes, or one random half.")
+@_split_seed
+@_option("--init", required=True, help="MODEL to start from.")
+@_option("--out", required=True, help="Folder of the run: a MODEL afterwards.")
+@_option("--lr-grid", default="0.001,0.01,0.1", help="Learning rates; a held-out tenth chooses.")
+@_option("--epochs", type=click.IntRange(1), default=120, help="Passes over the training images.")
+@_option("--batch-size", type=click.IntRange(1), default=32, help="Images a step.")
+@_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
+@_option("--head", default="task", help="Name of the head.")
+@_option(
+    "--scale",
+    type=click.FloatRange(0, 1, min_open=True),
+    nargs=2,
+    default=(0.08, 1.0),
+    help="Range of the crop's area.",
+)
+@_option("--seed", **_SEED, help="Seed of views, order and the new head.")
+@_machine
+@_indexing
+@_common
+def teach(
+    train_images: tuple[str, ...],
+    test_images: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    init: str,
+    out: str,
+    lr_grid: str,
+    epochs: int,
+    batch_size: int,
+    size: int | None,
+    head: str,
+    scale: tuple[float, float],
+    seed: int,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    json_file: str | None,
+) -> None:
+    """Fine-tune a MODEL into a task-specific teacher. Running it again resumes.
+
+    \b
+    fastcon teach --train birds/ --holdout 0.5 --split t --init torchvision:resnet50@IMAGENET1K_V2 --out runs/birds
+    """
+    from fastcon import finetune as stage
+    from fastcon import models, splits
+    from fastcon.precompute import Settings
+
+    grid = _floats(lr_grid, "--lr-grid")
+    chosen = models.choose_device(device)
+    settings = Settings(128, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    train_set, test_set = splits.labelled(
+        train_images, test_images or None, holdout, split, split_seed, trust=trust_images, strict=strict
+    )
+    _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images")
+    options = stage.Options(
+        head=head,
+        lr_grid=tuple(grid),
+        epochs=epochs,
+        batch_size=batch_size,
+        scale=scale,
+        seed=seed,
+        precision=precision,
+    )
+    bar = _Bar("teach", "steps")
+    result = stage.teach(init, train_set, test_set, out, options, settings, size, say=_note, progress=bar)
+    bar.close()
+    _finish(
+        {"out": out, "seconds": bar.seconds, **result},
+        json_file,
+        f"{out}: {result['accuracy']:.2%} of {result['test_images']:,} test images (learning rate {result['lr']:g})",
+    )
+
+
+@main.command()
+@click.argument("model")
+@_option("--head", default=None, help="Which head (default: the first).")
+@_option("--test", "test_images", multiple=True, required=True, help="Labelled IMAGES (repeatable).")
+@_option(
+    "--holdout",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=None,
+    help="Only the share of every class that training kept aside.",
+)
+@_option("--split", type=click.Choice(["none", "t", "d"]), default="none", help="All classes, or one random half.")
+@_split_seed
+@_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
+@_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
+@_machine
+@_indexing
+@_common
+def evaluate(
+    model: str,
+    head: str | None,
+    test_images: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    size: int | None,
+    batch_size: int,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    json_file: str | None,
+) -> None:
+    """Accuracy of a head on its own task (upstream accuracy); classes are matched by name.
+
+    \b
+    fastcon evaluate runs/student --head birds --test birds/ --holdout 0.5 --split t
+    """
+    from fastcon import finetune, models, splits
+    from fastcon.manifest import index
+    from fastcon.precompute import Settings
+
+    chosen = models.choose_device(device)
+    settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    loaded = models.load(model)
+    loaded.size = size or loaded.size
+    if holdout is None:
+        manifest = index(test_images, trust=trust_images, strict=strict)
+        test = splits.of_classes(manifest, splits.split_classes(manifest.classes, split, split_seed))
+    else:
+        _, test = splits.labelled(test_images, None, holdout, split, split_seed, trust=trust_images, strict=strict)
+    name = head or loaded.heads[0].name
+    value = finetune.accuracy(loaded, name, test, settings)
+    _finish(
+        {"model": model, "head": name, "accuracy": value, "test_images": len(test), "classes": len(test.classes)},
+        json_file,
+        f"{model}, head {name}: {value:.2%} of {len(test):,} images in {len(test.classes)} classes",
+    )
+
+
+@main.command()
+@click.argument("store")
+@_option("--rows", type=click.IntRange(0), default=256, help="Rows a teacher to compute again.")
+@_option("--images", multiple=True, help="Where the images are now (default: where they were).")
+@_option("--repair", is_flag=True, help="Compute damaged chunks again.")
+@_machine
+@_common
+def verify(
+    store: str,
+    rows: int,
+    images: tuple[str, ...],
+    repair: bool,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    json_file: str | None,
+) -> None:
+    """Check a STORE: checksums, digests and recipe in full, and a sample of rows computed again.
+
+    \b
+    fastcon verify store --rows 1000
+    """
+    from fastcon import models
+    from fastcon.precompute import Settings
+    from fastcon.verify import verify as stage
+
+    settings = Settings(128, models.choose_device(device), loader=loader, threads=threads)
+    checks = stage(store, list(images) or None, rows, settings, repair)
+    width = max(len(check.what) for check in checks)
+    for check in checks:
+        click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.what:{width}}  {check.seen}")
+    failed = [check for check in checks if not check.passed]
+    _finish({"store": store, "passed": not failed, "checks": [vars(check) for check in checks]}, json_file)
+    if failed:
+        raise FastconError(
+            f"{store}: {len(failed)} of {len(checks)} checks failed, first {failed[0].what}: {failed[0].seen}"
+        )
+
+
+@main.command()
+@click.argument("path")
+@_common
+def info(path: str, json_file: str | None) -> None:
+    """What a STORE or a RUN is, in a screen.
+
+    \b
+    fastcon info store
+    """
+    from fastcon.info import describe
+
+    facts, text = describe(path)
+    _finish(facts, json_file, text)
+
+
+@main.command()
+@_option("--out", default="demo", help="Folder for everything it makes.")
+@_common
+def demo(out: str, json_file: str | None) -> None:
+    """The whole story on images that fastcon renders itself: teachers, store, students, probes, table and figure.
+
+    \b
+    fastcon demo --out demo
+    """
+    from fastcon.demo import run
+
+    _finish(run(out, click.echo), json_file)
+
+
+def _index(images: tuple[str, ...], trust: bool, strict: bool) -> Any:
+    from fastcon.manifest import index
+
+    bar = _Bar("index", "images")
+    manifest = index(images, trust=trust, strict=strict, progress=bar)
+    bar.close()
+    if manifest.rejects:
+        name, reason = manifest.rejects[0]
+        _note(
+            f"{len(manifest.rejects)} images left out, first {name!r}: {reason} (--json lists the count, --strict refuses)"
+        )
+    return manifest
+
+
+class _Bar:
+    """Progress(done, total): a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        import time
+
+        self._what, self._unit, self._clock = what, unit, time.monotonic
+        self._bar: Any = None
+        self._start = self._said = time.monotonic()
+        self.seconds = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self._clock()
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, desc=self._what, unit=f" {self._unit}", leave=False)
+            self._bar.n = done
+            self._bar.update(0)
+        elif now - self._said > 20:
+            self._said = now
+            click.echo(f"{self._what}: {done:,} of {total:,} {self._unit}, {now - self._start:.0f} s", err=True)
+
+    def close(self) -> None:
+        self.seconds = self._clock() - self._start
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _note(line: str) -> None:
+    click.echo(f"fastcon: {line}", err=True)
+
+
+def _finish(result: dict[str, Any], json_file: str | None, text: str = "") -> None:
+    if text:
+        click.echo(text)
+    if json_file:
+        from fastcon.checkpoint import write_atomically
+
+        write_atomically(Path(json_file), (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not numbers with commas between them, as 0.01,0.1") from None
+    if not all(0 < value < float("inf") for value in values):
+        raise UsageError(f"{option} {text}: every value must be above 0")
+    return values
+
+
+def _common_size(backbones: tuple[str, ...], sizes: list[int]) -> int:
+    if len(set(sizes)) > 1:
+        pairs = ", ".join(f"{spec}: {size}" for spec, size in zip(backbones, sizes, strict=True))
+        raise UsageError(f"the backbones name different input sizes ({pairs}): choose one with --size")
+    return sizes[0]
+
+
+def _scaled(features: Any, how: str) -> Any:
+    import numpy as np
+
+    if how == "none":
+        return features
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _classes(teachers: list[Any]) -> str:
+    return ", ".join(f"{t.name} ({len(t.model.heads[0].classes)} classes)" for t in teachers)
+
+
+def _size_of(path: str) -> int:
+    return 0 if "://" in path else sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.0f} s" if count < 120 else f"{count / 60:.1f} min" if count < 7200 else f"{count / 3600:.1f} h"

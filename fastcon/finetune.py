@@ -1,0 +1,249 @@
+"""Fine-tuning a MODEL on labelled images: how task-specific teachers are made. One loop, over random views.
+
+In: training and test subsets, a MODEL to start from. Out: RUN/model.safetensors with the head of the task, its
+metrics, and the learning rate that a held-out part of the training set chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastcon import checkpoint, features, models, pipeline, splits, views
+from fastcon.errors import FastconError, Interrupted
+from fastcon.models import RUN_WEIGHTS, Classifier, Head
+from fastcon.pipeline import Request
+from fastcon.precompute import Settings
+from fastcon.run import Metrics, Run, stop_signals
+from fastcon.splits import Subset
+from fastcon.train import make_optimizer, set_rate
+
+RESULT = RUN_WEIGHTS[1]
+VALIDATION = 0.1
+"""Share of each training class that chooses the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Hyperparameters; the defaults are the paper's for teachers (120 epochs, x 0.1 at 70 and 100)."""
+
+    head: str = "task"
+    lr_grid: tuple[float, ...] = (0.001, 0.01, 0.1)
+    epochs: int = 120
+    milestones: tuple[float, ...] = (70 / 120, 100 / 120)
+    batch_size: int = 32
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    scale: tuple[float, float] = (0.08, 1.0)
+    seed: int = 0
+    precision: str = "auto"
+
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+def teach(
+    init: str,
+    train: Subset,
+    test: Subset,
+    out: str,
+    options: Options,
+    settings: Settings,
+    size: int | None = None,
+    say: Say = lambda line: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune `init` on `train`, write the teacher into `out` and return its accuracy on `test`.
+
+    With several learning rates each is tried on all but a tenth of every class, and the one that does best on that
+    tenth trains on everything. Rerunning resumes; a finished run only reports.
+    """
+    precision = models.choose_precision(options.precision, settings.device, training=True)
+    options = dataclasses.replace(options, precision=precision)
+    identity = {
+        "train": [train.manifest.digest, len(train)],
+        "test": [test.manifest.digest, len(test)],
+        "classes": list(train.classes),
+        "size": size,
+    }
+    run = Run(out, {"command": "teach", "init": init, **identity, **dataclasses.asdict(options)})
+    if run.finished(RESULT):
+        say(f"{out} is finished: nothing to do")
+        return json.loads((run.path / "result.json").read_text())
+    start = models.load(init, size=size)
+    start.size = size or start.size
+    rates = sorted(options.lr_grid)
+    tried = {}
+    total, counted = _total_steps(train, options), 0
+
+    def count(steps: int) -> None:
+        nonlocal counted
+        counted += steps
+        if progress:
+            progress(counted, total)
+
+    if len(rates) > 1:
+        kept, aside = splits.part(train, VALIDATION, options.seed)
+        for rate in rates:
+            model = fit(start, kept, rate, options, settings, run, f"lr-{rate:g}", count)
+            tried[f"{rate:g}"] = accuracy(model, options.head, aside, settings)
+            say(f"learning rate {rate:g}: {tried[f'{rate:g}']:.1%} of the held-out tenth")
+        best = max(rates, key=lambda rate: (tried[f"{rate:g}"], -rate))
+    else:
+        best = rates[0]
+    model = fit(start, train, best, options, settings, run, "final", count)
+    result = {
+        "accuracy": accuracy(model, options.head, test, settings),
+        "test_images": len(test),
+        "classes": len(train.classes),
+        "lr": best,
+        "tried": tried,
+    }
+    checkpoint.write_atomically(run.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    checkpoint.write_atomically(run.path / RESULT, model.export(options.head))
+    return result
+
+
+def fit(
+    start: Classifier,
+    train: Subset,
+    rate: float,
+    options: Options,
+    settings: Settings,
+    run: Run,
+    stage: str,
+    count: Callable[[int], None] = lambda steps: None,
+) -> Classifier:
+    """Fine-tune a copy of `start` with a fresh head at one learning rate; checkpointed every epoch."""
+    model = _copy(start, Head(options.head, train.classes), options.seed)
+    model.on(settings.device).train()
+    optimizer = make_optimizer(model, rate, rate, options.momentum, options.weight_decay)
+    scaler = torch.amp.GradScaler(settings.device.type, enabled=options.precision == "float16")
+    steps = _steps(train, options)
+    epoch, position = 0, 0
+    folder = run.checkpoints / stage
+    state = checkpoint.newest(folder)
+    torch.manual_seed(options.seed)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        epoch, position = state["epoch"], state["metrics"]
+        count(epoch * steps)
+    metrics = Metrics(run.path / f"metrics-{stage}.jsonl", position)
+    batches = _batches(train, range(epoch, options.epochs), model.size, options, settings)
+    loss_sum, step = torch.zeros((), device=settings.device), epoch * steps
+    with stop_signals() as stop:
+        for pixels, labels in batches:
+            set_rate(optimizer, step / (steps * options.epochs), options.milestones)
+            with models.precision_context(options.precision, settings.device):
+                logits = model(pixels)
+            loss = nn.functional.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            loss_sum += loss.detach()
+            step += 1
+            count(1)
+            if step % steps == 0:
+                mean = loss_sum.item() / steps
+                if not math.isfinite(mean):
+                    raise FastconError(
+                        f"the loss is {mean} in epoch {step // steps} at learning rate {rate:g}: leave that "
+                        "rate out of --lr-grid"
+                    )
+                metrics.write({"epoch": step // steps - 1, "lr": optimizer.param_groups[0]["lr"], "loss": mean})
+                run.log(f"{stage} epoch {step // steps}/{options.epochs} loss {mean:.4f}")
+                loss_sum.zero_()
+                checkpoint.save(
+                    folder,
+                    step // steps,
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "rng": torch.get_rng_state(),
+                        "epoch": step // steps,
+                        "metrics": metrics.position,
+                    },
+                )
+            if stop and step < steps * options.epochs:
+                raise Interrupted(
+                    f"stopped by signal {stop[0]} in epoch {step // steps + 1}; run the same command to resume"
+                )
+    metrics.close()
+    return model.eval()
+
+
+def accuracy(model: Classifier, head: str, test: Subset, settings: Settings) -> float:
+    """Share of images whose class the head finds among its own classes, matched by name."""
+    chosen, columns = model.head_index(head)
+    place = {name: k for k, name in enumerate(chosen.classes)}
+    missing = [name for name in test.classes if name not in place]
+    if missing:
+        raise FastconError(
+            f"head {head!r} does not know the class {missing[0]!r} of the test images ({len(missing)} such); "
+            f"it knows {splits._few(chosen.classes)}"
+        )
+    wanted = np.array([place[name] for name in test.classes])[test.labels]
+    model.on(settings.device).eval()
+    found = features.logits(model, test.manifest, test.indices, settings)[:, columns].argmax(1)
+    return float((found == wanted).mean())
+
+
+def _copy(start: Classifier, head: Head, seed: int) -> Classifier:
+    import copy
+
+    model = copy.deepcopy(start)
+    model.replace_heads([head], keep={}, seed=seed)
+    return model
+
+
+def _steps(train: Subset, options: Options) -> int:
+    return max(len(train) // options.batch_size, 1)
+
+
+def _total_steps(train: Subset, options: Options) -> int:
+    grid = options.lr_grid if len(options.lr_grid) > 1 else ()
+    kept = splits.part(train, VALIDATION, options.seed)[0] if grid else train
+    return options.epochs * (_steps(train, options) + len(grid) * _steps(kept, options))
+
+
+def _batches(
+    train: Subset, epochs: range, size: int, options: Options, settings: Settings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random views, a new one of every image each epoch: (uint8 [B, 3, size, size], int64 labels [B])."""
+    ids = train.ids
+    widths, heights = train.manifest.widths[train.indices], train.manifest.heights[train.indices]
+
+    def plan() -> Iterator[tuple[Request, NDArray[np.int64]]]:
+        for epoch in epochs:
+            order = views.permutation(options.seed, ids, epoch, views.SHUFFLE)
+            boxes = views.boxes(options.seed, ids, epoch, widths, heights, options.scale)
+            flips = views.flips(options.seed, ids, epoch)
+            for step in range(_steps(train, options)):
+                rows = order[step * options.batch_size : (step + 1) * options.batch_size]
+                yield Request(train.indices[rows], boxes[rows], flips[rows]), train.labels[rows]
+
+    decoded = pipeline.decode(
+        train.manifest,
+        (request for request, _ in plan()),
+        [size],
+        batch_size=options.batch_size,
+        device=settings.device,
+        loader=settings.loader,
+        threads=settings.threads,
+    )
+    for pixels, (_, labels) in zip(decoded, plan(), strict=True):
+        yield pixels[size], torch.from_numpy(labels).to(settings.device, non_blocking=True)

@@ -1,0 +1,192 @@
+"""Linear SVMs on frozen features: the paper's few-shot protocol, as a library on plain arrays.
+
+One-vs-rest, squared hinge, intercept penalised as liblinear does; C by stratified cross-validation inside each
+draw; ties go to the smallest C. The solver sees the features in the span of the training rows, where the optimum is
+the same and the problems are small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastcon import splits
+from fastcon.errors import FastconError
+from fastcon.kernels import svm
+
+C_GRID = tuple(10.0**k for k in range(-3, 4))
+SOLVERS = ("auto", "batched", "sklearn")
+GRAM_ROWS = 4096
+"""More training rows than this go to scikit-learn's primal solver instead of a Gram matrix."""
+
+Scores = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Accuracies (fractions) of a probe, one a trial, and the C each trial chose."""
+
+    accuracies: list[float]
+    chosen_c: list[float]
+    per_class: list[float]
+    """Accuracy of each class, averaged over trials; NaN for a class without test images."""
+
+    @property
+    def mean(self) -> float:
+        """Mean over trials."""
+        return float(np.mean(self.accuracies))
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over trials; 0 for one trial."""
+        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
+
+    @property
+    def ci95(self) -> float:
+        """Half the width of the 95 % interval of the mean: 1.96 std / sqrt(trials)."""
+        return 1.96 * self.std / math.sqrt(len(self.accuracies))
+
+
+def few_shot(
+    features: NDArray,
+    labels: NDArray,
+    test_features: NDArray,
+    test_labels: NDArray,
+    *,
+    shots: int | None = 5,
+    trials: int = 50,
+    c_grid: Sequence[float] = C_GRID,
+    folds: int = 5,
+    solver: str = "auto",
+    seed: int = 0,
+    ids: NDArray[np.uint64] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
+
+    features [n, D], labels [n] and test_features [m, D], test_labels [m]: arrays; labels count from 0. shots: images a
+    class (all of a smaller class); None: all images, once. ids [n]: what the draws depend on besides the seed
+    (default: the row number), so that equal ids give equal draws for every representation. Raises FastconError.
+    """
+    features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
+    if folds < 2 or trials < 1 or not c_grid or min(c_grid) <= 0 or (shots is not None and shots < 1):
+        raise FastconError("a probe needs shots >= 1, trials >= 1, folds >= 2 and values of C above 0")
+    if solver not in SOLVERS:
+        raise FastconError(f"no solver {solver!r}: there are {', '.join(SOLVERS)}")
+    ids = np.arange(len(labels), dtype=np.uint64) if ids is None else ids
+    classes = int(max(labels.max(), test_labels.max())) + 1
+    smallest = int(np.bincount(labels)[np.unique(labels)].min())
+    if min(smallest, shots or smallest) < folds:
+        warnings.warn(
+            f"the smallest class has {min(smallest, shots or smallest)} images for {folds} folds: in some folds "
+            "its one-vs-rest problem has no positive row",
+            stacklevel=2,
+        )
+    accuracies, chosen, per_class = [], [], []
+    for trial in range(trials if shots is not None else 1):
+        rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
+        cost, scores = _trial(
+            features[rows],
+            labels[rows],
+            test_features,
+            splits.fold_of(ids[rows], labels[rows], folds, seed, trial),
+            classes,
+            sorted(c_grid),
+            solver,
+        )
+        right = scores.argmax(1) == test_labels
+        accuracies.append(float(right.mean()))
+        chosen.append(cost)
+        per_class.append(_by_class(right, test_labels, classes))
+        if progress:
+            progress(trial + 1, trials if shots is not None else 1)
+    return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist())
+
+
+def _trial(
+    train: NDArray, labels: NDArray, test: NDArray, fold: NDArray, classes: int, costs: list[float], solver: str
+) -> tuple[float, Scores]:
+    """Choose C on the folds, fit on all rows, score the test rows [m, classes]."""
+    fit = _fit_sklearn if solver == "sklearn" or (solver == "auto" and len(train) > GRAM_ROWS) else _fit_batched
+    train, test = _in_span(np.asarray(train, np.float64), np.asarray(test))
+    accuracy = np.zeros((len(np.unique(fold)), len(costs)))
+    for k, number in enumerate(np.unique(fold)):
+        inside, outside = fold != number, fold == number
+        if len(np.unique(labels[inside])) < 2:
+            raise FastconError(
+                "a fold of the training rows holds fewer than two classes: use fewer --folds or more --shots"
+            )
+        for c, scores in enumerate(fit(train[inside], labels[inside], train[outside], classes, costs)):
+            accuracy[k, c] = (scores.argmax(1) == labels[outside]).mean()
+    mean = accuracy.mean(0)
+    best = int(np.argmax(mean >= mean.max() - 1e-12))  # the first: ties go to the smallest C
+    [scores] = fit(train, labels, test, classes, [costs[best]])
+    return costs[best], scores
+
+
+def _fit_batched(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
+    """Decision values [m, classes] of `rows` for every C, with the Newton solver over the Gram matrix."""
+    x = torch.from_numpy(train)
+    gram = x @ x.T + 1
+    signs = torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
+    across = torch.from_numpy(rows) @ x.T + 1
+    out, beta = [], None
+    for cost in costs:
+        beta, _ = svm.solve(gram, signs, cost, beta)
+        out.append((across @ beta.T).numpy())
+    return out
+
+
+def _fit_sklearn(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
+    """The same with scikit-learn's LinearSVC; a class without a row scores below every other."""
+    from sklearn.svm import LinearSVC
+
+    present = np.unique(labels)
+    out = []
+    for cost in costs:
+        model = LinearSVC(C=cost, dual=len(train) <= train.shape[1], tol=1e-6, max_iter=100_000).fit(train, labels)
+        values = model.decision_function(rows)
+        scores = np.full((len(rows), classes), -np.inf)
+        scores[:, present] = np.stack([-values, values], 1) if values.ndim == 1 else values
+        out.append(scores)
+    return out
+
+
+def _in_span(train: NDArray, test: NDArray) -> tuple[NDArray, NDArray]:
+    """Coordinates in the span of the training rows, where w lies, if that is smaller than the feature space."""
+    if len(train) >= train.shape[1]:
+        return train, np.asarray(test, np.float64)
+    basis = np.linalg.qr(train.T)[0]  # [D, n], orthonormal
+    return train @ basis, np.asarray(test @ basis.astype(test.dtype), np.float64)
+
+
+def _by_class(right: NDArray[np.bool_], labels: NDArray, classes: int) -> NDArray[np.float64]:
+    counts = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(labels, weights=right, minlength=classes) / counts
+
+
+def _checked(*arrays: NDArray) -> list[NDArray]:
+    features, labels, test_features, test_labels = (np.asarray(array) for array in arrays)
+    for what, x, y in (("training", features, labels), ("test", test_features, test_labels)):
+        if x.ndim != 2 or y.shape != (len(x),) or not len(x):
+            raise FastconError(f"{what} features are [n, D] with n labels and n > 0, got {x.shape} and {y.shape}")
+        if not np.isfinite(x).all():
+            raise FastconError(
+                f"{what} features hold NaN or infinity, first in row {int(np.argwhere(~np.isfinite(x))[0][0])}"
+            )
+        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+            raise FastconError(f"{what} labels are integers from 0, got {y.dtype} from {y.min()}")
+    if features.shape[1] != test_features.shape[1]:
+        raise FastconError(
+            f"training features have {features.shape[1]} columns, test features {test_features.shape[1]}"
+        )
+    if len(np.unique(labels)) < 2:
+        raise FastconError("the training labels hold one class only: a probe needs at least 2")
+    return [features, labels.astype(np.int64), test_features, test_labels.astype(np.int64)]

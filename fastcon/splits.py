@@ -1,0 +1,164 @@
+"""Which images and classes take part: hold-outs, t- and d-splits, few-shot draws, folds.
+
+All are pure functions of a seed and of image ids or class names, so every command given the same seed agrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcon import views
+from fastcon.errors import FastconError
+from fastcon.manifest import Manifest, index
+
+SPLITS = ("none", "t", "d")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some images of a manifest with labels [m] counted within `classes`."""
+
+    manifest: Manifest
+    indices: NDArray[np.intp]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def ids(self) -> NDArray[np.uint64]:
+        """Image ids [m]."""
+        return self.manifest.ids[self.indices]
+
+
+def labelled(
+    train: Sequence[str],
+    test: Sequence[str] | None,
+    holdout: float | None,
+    split: str,
+    seed: int,
+    **index_options: bool,
+) -> tuple[Subset, Subset]:
+    """The training and test parts that a command's --train, --test, --holdout, --split and --split-seed name.
+
+    Raises FastconError where labels, classes or the test part are missing.
+    """
+    if (test is None) == (holdout is None):
+        raise FastconError("give the test part either as --test IMAGES or as --holdout FRACTION of --train")
+    manifest = index(train, **index_options)  # type: ignore[arg-type]
+    _require_labels(manifest)
+    classes = split_classes(manifest.classes, split, seed)
+    if test is not None:
+        other = index(test, **index_options)  # type: ignore[arg-type]
+        _require_labels(other)
+        return of_classes(manifest, classes), of_classes(other, classes)
+    kept, aside = hold_out(manifest, holdout or 0.0, seed)
+    return of_classes(manifest, classes, kept), of_classes(manifest, classes, aside)
+
+
+def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
+    """The classes of the t-split or d-split: disjoint random halves by seed, keyed by name (paper, section 4.1)."""
+    if split == "none":
+        return list(classes)
+    if len(classes) < 4:
+        raise FastconError(
+            f"--split {split} halves the classes and needs at least 4, there are {len(classes)}: use --split none"
+        )
+    order = views.permutation(seed, _name_keys(classes), 0, views.CLASS_SPLIT)
+    half = len(classes) // 2
+    chosen = set(order[:half] if split == "t" else order[half:])
+    return [name for k, name in enumerate(classes) if k in chosen]
+
+
+def hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(kept, aside): `fraction` of each class aside, at least one image, though a class of one stays whole."""
+    return _set_aside(manifest.ids, manifest.labels, fraction, seed)
+
+
+def part(subset: Subset, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Cut a subset likewise into (kept, aside)."""
+    kept, aside = _set_aside(subset.ids, subset.labels, fraction, seed)
+    return pick(subset, kept), pick(subset, aside)
+
+
+def pick(subset: Subset, positions: NDArray[np.intp]) -> Subset:
+    """Some of a subset's images, by position."""
+    return dataclasses.replace(subset, indices=subset.indices[positions], labels=subset.labels[positions])
+
+
+def of_classes(manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None = None) -> Subset:
+    """The images of some classes, matched by name; `within` restricts to some of the manifest."""
+    place = {name: k for k, name in enumerate(classes)}
+    renamed = np.array([place.get(name, -1) for name in manifest.classes] + [-1], dtype=np.int64)
+    labels = renamed[manifest.labels]  # label -1 takes the last entry, which is -1
+    indices = np.flatnonzero(labels >= 0)
+    if within is not None:
+        indices = np.intersect1d(indices, within)
+    if not len(indices):
+        raise FastconError(
+            f"none of the {len(manifest)} images is of a wanted class ({_few(classes)}); the images' "
+            f"classes are {_few(manifest.classes)}"
+        )
+    return Subset(manifest, indices, labels[indices], tuple(classes))
+
+
+def draw(ids: NDArray[np.uint64], labels: NDArray[np.int64], shots: int, seed: int, trial: int) -> NDArray[np.intp]:
+    """Positions of `shots` images a class (all of a smaller class), a pure function of (seed, ids, trial)."""
+    rank = _rank_in_class(views.keys(seed, ids, trial, views.DRAW), labels)
+    return np.flatnonzero(rank < shots)
+
+
+def fold_of(ids: NDArray[np.uint64], labels: NDArray[np.int64], folds: int, seed: int, trial: int) -> NDArray[np.int64]:
+    """Stratified fold [m] of each image: a class's images are dealt out in random order, folds in turn.
+
+    Each class starts dealing where the one before it stopped, so that folds stay equally large.
+    """
+    order = np.lexsort((views.keys(seed, ids, trial, views.FOLD), labels))
+    dealt = np.empty(len(ids), dtype=np.int64)
+    dealt[order] = np.arange(len(ids)) % folds
+    return dealt
+
+
+def _set_aside(
+    ids: NDArray[np.uint64], labels: NDArray, fraction: float, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    rank = _rank_in_class(views.keys(seed, ids, 0, views.HOLDOUT), labels)
+    sizes = np.bincount(labels + 1, minlength=1)[labels + 1]
+    count = np.clip(np.rint(sizes * fraction), 1, sizes - 1)
+    aside = (rank < count) & (labels >= 0)
+    return np.flatnonzero(~aside), np.flatnonzero(aside)
+
+
+def _rank_in_class(keys: NDArray[np.uint64], labels: NDArray) -> NDArray[np.int64]:
+    order = np.lexsort((keys, labels))
+    first = np.searchsorted(labels[order], labels[order], side="left")
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[order] = np.arange(len(labels)) - first
+    return rank
+
+
+def _name_keys(names: Sequence[str]) -> NDArray[np.uint64]:
+    hashed = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    return np.frombuffer(b"".join(hashed), dtype="<u8")
+
+
+def _require_labels(manifest: Manifest) -> None:
+    if manifest.multi_hot.shape[1]:
+        raise FastconError(
+            f"{', '.join(manifest.sources)} has several labels an image; this command takes one class each"
+        )
+    if len(manifest.classes) < 2:
+        raise FastconError(
+            f"{', '.join(manifest.sources)} holds {len(manifest.classes)} class(es), at least 2 are needed: "
+            "put the images of each class into a folder of its own"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(list(names[:4]) + ([f"… ({len(names)} in all)"] if len(names) > 4 else [])) or "none"
