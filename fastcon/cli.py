@@ -690,9 +690,19 @@ def demo(out: str, json_file: str | None) -> None:
     \b
     fastcon demo --out demo
     """
+    import tempfile
+
     from fastcon.demo import run
 
-    _finish(run(out, click.echo), json_file)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+
+        def command(args: list[str]) -> dict[str, Any]:
+            result.unlink(missing_ok=True)
+            main.main([*args, "--json", str(result)], standalone_mode=False)
+            return json.loads(result.read_text()) if result.exists() else {}
+
+        _finish(run(out, command, click.echo), json_file)
 
 
 def _index(images: tuple[str, ...], trust: bool, strict: bool) -> Any:

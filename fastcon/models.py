@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastcon.errors import FastconError, optional_import
@@ -245,6 +245,15 @@ def from_bytes(data: bytes, origin: str, options: Mapping[str, str] | None = Non
     if "architecture" not in meta:
         raise FastconError(f"{origin} does not say its architecture: give torchvision:NAME@{origin}")
     return _assemble(meta["architecture"], load_safetensors(data), meta, options or {}, None, None, origin)
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on nothing but its content: the library's own header comes in any order."""
+    data = save(dict(tensors), metadata=dict(metadata))
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def precision_context(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -139,10 +139,7 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise FastconError(f"teacher name {name!r} is given twice: every teacher needs a name of its own")
-        if not stores.NAME.fullmatch(name):
-            raise FastconError(
-                f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed"
-            )
+        stores.check_name(name)
 
 
 def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, settings: Settings) -> float:

@@ -73,6 +73,14 @@ class View:
     flips: NDArray[np.uint8]
 
 
+def check_name(name: str) -> None:
+    """Raise FastconError for what cannot name a teacher, and so a folder of the store."""
+    if not NAME.fullmatch(name):
+        raise FastconError(
+            f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed"
+        )
+
+
 def is_url(path: str | os.PathLike[str]) -> bool:
     """Whether a store lies in object storage (s3://…) rather than in a folder."""
     return "://" in os.fspath(path)
@@ -224,6 +232,7 @@ class StoreWriter(Store):
 
     def add_teacher(self, name: str, record: dict[str, Any], weights: bytes | None) -> None:
         """Make room for a teacher's logits up to the store's views, or check that it is the one recorded."""
+        check_name(name)
         if record["role"] == "generalist" and self.generalist not in (None, name):
             raise FastconError(
                 f"{self.path} has the generalist {self.generalist!r}, and a store has one: add {name!r} with "

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fastcon import checkpoint, models, objective
@@ -333,7 +332,7 @@ def _export(student: Classifier, names: list[str], untrained: Untrained | None) 
     state = student.state_for_export(names[0])
     for key, value in tensors.items():
         state[f"{student.head_path}.{key}"] = value
-    return save_safetensors(state, metadata=meta)
+    return models.save_safetensors(state, meta)
 
 
 def _tensorboard(run: Run) -> Any:

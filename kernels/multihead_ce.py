@@ -117,7 +117,7 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
         # The stored gradient is lambda/T (p_s - p_t), of order one: dividing by B only here, where a
         # loss scale has come in, keeps it from underflowing in float16.
         (gradient,) = ctx.saved_tensors
-        return gradient * (grad_total / ctx.rows).to(gradient.dtype), None, None, None
+        return gradient * (grad_total / ctx.rows), None, None, None
 
 
 def losses_and_gradient_torch(

@@ -1,0 +1,5 @@
+"""`python -m fastcon` is the command `fastcon`."""
+
+from fastcon.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""Shared fixtures: rendered images, two small teachers, a small store. Everything on the CPU, in float32."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+import numpy as np
+import pytest
+import torch
+
+from fastcon import models, render
+from fastcon.manifest import Manifest, index
+from fastcon.precompute import Settings, Teacher, precompute
+from fastcon.store import Recipe
+
+ARCHITECTURE = "torchvision:shufflenet_v2_x0_5"
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared/data here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    render.write_classes(root, "shapes", range(6), 14)
+    return root
+
+
+@pytest.fixture(scope="session")
+def proxy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("proxy")
+    render.write_proxy(root, 150)
+    return root
+
+
+@pytest.fixture(scope="session")
+def proxy(proxy_folder: Path) -> Manifest:
+    return index([str(proxy_folder)])
+
+
+def make_model(path: Path, classes: list[str], seed: int, size: int = 32) -> Path:
+    """A small network with random weights and lively batch statistics, written as fastcon writes weights."""
+    torch.manual_seed(seed)
+    model = models.load(f"{ARCHITECTURE}?size={size}", classes=classes).train()
+    for _ in range(3):
+        model(torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8))
+    path.write_bytes(model.eval().export("head"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def generalist_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "generalist.safetensors", [f"thing {i}" for i in range(10)], 1)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "teacher.safetensors", ["a", "b", "c"], 2, size=40)
+
+
+@pytest.fixture(scope="session")
+def teachers(generalist_file: Path, teacher_file: Path) -> list[Teacher]:
+    return [
+        Teacher("general", str(generalist_file), models.load(generalist_file), generalist=True),
+        Teacher("letters", str(teacher_file), models.load(teacher_file)),
+    ]
+
+
+RECIPE = Recipe(seed=3, size=32, chunk_rows=64)
+SETTINGS = Settings(batch_size=24)
+
+
+@pytest.fixture(scope="session")
+def store_path(tmp_path_factory: pytest.TempPathFactory, proxy: Manifest, teachers: list[Teacher]) -> Path:
+    """A finished store of 150 images, 2 views, chunks of 64 rows, two teachers. Not to be changed: copy it."""
+    path = tmp_path_factory.mktemp("stores") / "store"
+    assert precompute(str(path), proxy, teachers, RECIPE, 2, SETTINGS) == 300
+    return path
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file of a folder but locks and logs: what rule 9 calls byte-identical."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.suffix not in (".lock", ".log")
+    }
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)

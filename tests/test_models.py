@@ -1,0 +1,199 @@
+"""MODEL specs: every family's head is found, split, widened and written back; weights that do not fit are named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURE
+from safetensors.torch import load_file, save_file
+from torchvision import models as zoo
+
+from fastcon import models
+from fastcon.errors import FastconError
+from fastcon.models import Head
+
+FAMILIES = {
+    "alexnet": 64,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "googlenet": 64,
+    "inception_v3": 96,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "regnet_y_400mf": 64,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+    "swin_t": 64,
+    "vgg11_bn": 64,
+    "vit_b_16": 224,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_head_leaves_the_first_as_it_was(name, tmp_path):
+    size = FAMILIES[name]
+    torch.manual_seed(0)
+    model = models.load(f"torchvision:{name}?size={size}", classes=["x", "y", "z"])
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        alone = model(pixels)
+        model.replace_heads([Head("new", tuple("abcde")), Head("head", ("x", "y", "z"))], keep={"head": 0}, seed=1)
+        both = model.split(model(pixels))
+        assert {k: tuple(v.shape) for k, v in both.items()} == {"new": (2, 5), "head": (2, 3)}
+        torch.testing.assert_close(both["head"], alone, rtol=1e-4, atol=1e-4)
+        assert model.features(pixels).shape == (2, model.feature_size)
+        (tmp_path / "m.safetensors").write_bytes(model.export("head"))
+        torch.testing.assert_close(models.load(tmp_path / "m.safetensors")(pixels), alone, rtol=1e-4, atol=1e-4)
+        if name.startswith("mnasnet"):
+            return  # torchvision's MNASNet wants a version that no plain state dict carries
+        extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        theirs = zoo.get_model(name, num_classes=3, **extra).eval()
+        theirs.load_state_dict(load_file(tmp_path / "m.safetensors"))
+        normalised = (pixels / 255 - torch.tensor(models.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+            models.IMAGENET_STD
+        ).view(3, 1, 1)
+        torch.testing.assert_close(theirs(normalised), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_what_the_head_is_given():
+    model = models.load("torchvision:resnet18?size=32", classes=["a", "b"])
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        layer = model.head_module.layer
+        torch.testing.assert_close(model.features(pixels) @ layer.weight.T + layer.bias, model(pixels))
+
+
+def test_heads_compute_in_float32_under_autocast():
+    model = models.load(f"{ARCHITECTURE}?size=32", classes=["a", "b"])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_size_mean_and_std_come_from_the_spec_then_the_weights_then_the_call(generalist_file):
+    assert models.load(f"{generalist_file}?size=48&mean=0,0,0&std=1,1,1").size == 48
+    assert models.load(generalist_file, size=99).size == 32
+    assert models.load(ARCHITECTURE, size=99).size == 99
+    model = models.load(f"{ARCHITECTURE}?size=16&mean=0,0.5,1&std=1,1,0.5", classes=["a", "b"])
+    seen = []
+    model.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8))
+    assert seen[0][0, :, 0, 0].tolist() == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+
+
+def plain_state(path, classes=4):
+    torch.manual_seed(3)
+    net = zoo.get_model("shufflenet_v2_x0_5", num_classes=classes)
+    torch.save(net.state_dict(), path)
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module.", "_orig_mod."])
+def test_common_wrappings_of_checkpoints_come_off(tmp_path, wrap):
+    state = plain_state(tmp_path / "bare.pt")
+    wrapped = {f"{wrap}{k}": v for k, v in state.items()} if wrap.endswith(".") else {wrap: state, "epoch": 3}
+    torch.save(state if wrap == "bare" else wrapped, tmp_path / "w.pt")
+    model = models.load(f"{ARCHITECTURE}@{tmp_path}/w.pt")
+    assert len(model.heads[0].classes) == 4
+    assert torch.equal(model.head_module.layer.weight, state["fc.weight"])
+
+
+def test_weights_that_do_not_fit_say_which_keys(tmp_path):
+    state = plain_state(tmp_path / "a.pt")
+    state["conv1.0.weight"] = torch.zeros(1)
+    del state["conv5.0.weight"]
+    state["new.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(FastconError) as error:
+        models.load(f"{ARCHITECTURE}@{tmp_path}/bad.pt")
+    assert "missing: conv5.0.weight" in str(error.value)
+    assert "unexpected: new.weight" in str(error.value)
+    assert "other shape: conv1.0.weight (1,) instead of (24, 3, 3, 3)" in str(error.value)
+
+
+class _Touch:
+    def __reduce__(self):
+        return (open, (str(_Touch.path), "w"))
+
+
+def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
+    _Touch.path = tmp_path / "ran"
+    torch.save({"state_dict": _Touch()}, tmp_path / "evil.pt")
+    (tmp_path / "ran").unlink(missing_ok=True)
+    with pytest.raises(FastconError, match="pickled code is never run"):
+        models.load(f"{ARCHITECTURE}@{tmp_path}/evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torchvision:resnet19", "no classifier 'resnet19'; close: "),
+        ("resnet50", "is no model"),
+        ("torchvision:resnet18@gone.pt", "no such weights file"),
+        ("torchvision:resnet18@IMAGENET9K_V1", "no weights 'IMAGENET9K_V1'"),
+        ("gone.safetensors", "no such weights file"),
+        ("torchvision:resnet18?colour=1", "unknown option 'colour'"),
+        ("torchvision:resnet18?size=big", "not a number"),
+        ("torchvision:resnet18?size=2", "outside 8 to 4096"),
+        ("torchvision:resnet18?mean=1,2", "not three numbers"),
+        ("python:nowhere:model", "No module named 'nowhere'"),
+    ],
+)
+def test_specs_that_name_nothing(spec, message):
+    with pytest.raises(FastconError, match=message):
+        models.load(spec)
+
+
+def test_a_python_factory(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5))\n"
+        "def number(): return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = models.load("python:mine:net?size=8")
+    assert model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 5)
+    with pytest.raises(FastconError, match="returned a int"):
+        models.load("python:mine:number")
+
+
+def test_a_safetensors_file_of_torchvision_names(tmp_path):
+    state = plain_state(tmp_path / "a.pt")
+    save_file(state, tmp_path / "a.safetensors", metadata={"classes": json.dumps(list("wxyz")), "size": "40"})
+    model = models.load(f"{ARCHITECTURE}@{tmp_path}/a.safetensors")
+    assert model.heads[0].classes == tuple("wxyz")
+    assert model.size == 40
+    with pytest.raises(FastconError, match="does not say its architecture"):
+        models.load(tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "b.safetensors", metadata={"classes": json.dumps(["one"])})
+    with pytest.raises(FastconError, match="names 1 classes, its head has 4 outputs"):
+        models.load(f"{ARCHITECTURE}@{tmp_path}/b.safetensors")
+
+
+def test_the_digest_follows_the_weights(generalist_file, teacher_file):
+    model = models.load(generalist_file)
+    assert model.digest() == models.load(generalist_file).digest() != models.load(teacher_file).digest()
+    before = model.digest()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    assert model.digest() != before
+
+
+def test_the_real_generalist(shared_data):
+    model = models.load(shared_data / "resnet18-tiny-imagenet-64.safetensors")
+    assert (model.size, model.architecture, len(model.heads[0].classes)) == (64, "torchvision:resnet18", 200)
+
+
+def test_timm_models():
+    pytest.importorskip("timm", reason="the timm extra is not installed")
+    model = models.load("timm:resnet10t?size=32", classes=["a", "b"])
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert model(pixels).shape == (2, 2)
+    assert model.features(pixels).shape == (2, 512)

@@ -1,0 +1,170 @@
+"""The fused loss against a float64 oracle: values, gradients, awkward sizes, large logits, both implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
+
+IMPLEMENTATIONS = ["torch", "triton"]
+LAYOUTS = {
+    "one of 1": [1],
+    "one of 2": [2],
+    "13 and 1000": [13, 1000],
+    "two blocks": [1001, 9999, 7],
+    "eleven": [200, 98, 45, 251, 24, 228, 47, 51, 129, 100, 50],
+    "thirty-two": [5 + k for k in range(32)],
+}
+
+
+def table(widths: list[int], kinds: list[str] | None = None, gap: int = 0) -> Segments:
+    offsets, at = [], 0
+    for width in widths:
+        offsets.append(at)
+        at += width + gap
+    n = len(widths)
+    return Segments(
+        tuple(offsets),
+        tuple(widths),
+        tuple(0.25 + 0.5 * (k % 3) for k in range(n)),
+        tuple(2.0 if k % 4 else 1.0 for k in range(n)),
+        tuple(kinds or ["softmax"] * n),
+    )
+
+
+def oracle(student: Tensor, teacher: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, losses [B, H] and gradient by autograd, in float64, from the paper's formula."""
+    z_s, z_t = student.detach().double().requires_grad_(), teacher.double()
+    losses = []
+    for o, w, t, kind in zip(segments.offsets, segments.widths, segments.temperatures, segments.kinds, strict=True):
+        a, b = z_s[:, o : o + w] / t, z_t[:, o : o + w] / t
+        if kind == "sigmoid":  # every label a two-class softmax of (z, 0), the mean over labels
+            a, b = (torch.stack([z, torch.zeros_like(z)], 2) for z in (a, b))
+            losses.append(-(b.softmax(2) * a.log_softmax(2)).sum(2).mean(1))
+        else:
+            losses.append(-(b.softmax(1) * a.log_softmax(1)).sum(1))
+    stacked = torch.stack(losses, 1)
+    total = (stacked.mean(0) * torch.tensor(segments.weights, dtype=torch.float64)).sum()
+    total.backward()
+    return total, stacked.detach(), z_s.grad
+
+
+def logits(rows: int, columns: int, scale: float, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(rows, columns, generator=generator) * scale for _ in range(2))
+    return student.to(dtype), teacher.to(torch.float16)
+
+
+def check(student: Tensor, teacher: Tensor, segments: Segments, impl: str) -> None:
+    total, losses, gradient = oracle(student, teacher, segments)
+    leaf = student.clone().requires_grad_()
+    result = multihead_cross_entropy(leaf, teacher, segments, impl)
+    (3 * result.total).backward()
+    torch.testing.assert_close(result.losses.double(), losses, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.total.double(), total.detach(), rtol=2e-5, atol=2e-5)
+    # The gradient comes in the student's own type, rounded twice (Triton's interpreter cuts bfloat16 off instead).
+    spacing = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.25e-2}[student.dtype]
+    error = (leaf.grad.double() / 3 - gradient).abs()
+    assert (error <= spacing * gradient.abs() + 1e-6 / len(student)).all(), error.max()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_the_oracle(impl, dtype, layout):
+    widths = LAYOUTS[layout]
+    segments = table(widths)
+    check(*logits(7, segments.columns, 4, dtype, 0), segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [1, 7, 257])
+def test_batches(impl, rows):
+    segments = table([13, 40])
+    check(*logits(rows, segments.columns, 4, torch.float32, rows), segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_logits_and_equal_ones(impl):
+    segments = table([10, 2000])
+    student, teacher = logits(5, segments.columns, 3000, torch.float32, 0)
+    check(student, teacher, segments, impl)
+    check(torch.zeros_like(student), torch.zeros_like(teacher), segments, impl)
+    check(student * 1e-3, teacher * 1e-3, segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("widths", [[9], [5, 1, 228], [5000, 40]])
+def test_sigmoid_heads(impl, widths):
+    segments = table(widths, ["sigmoid" if k % 2 == 0 else "softmax" for k in range(len(widths))])
+    check(*logits(6, segments.columns, 5, torch.float32, 1), segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_columns_between_heads_get_no_gradient(impl):
+    segments = table([3, 11], gap=5)
+    student, teacher = logits(4, segments.columns + 6, 4, torch.float32, 2)
+    check(student, teacher, segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_entropy_and_agreement(impl):
+    segments = table([6, 5000], ["softmax", "softmax"])
+    student, teacher = logits(50, segments.columns, 4, torch.float32, 3)
+    student[:20, :6] = teacher[:20, :6].float()
+    result = multihead_cross_entropy(student, teacher, segments, impl)
+    for h, (o, w, t) in enumerate(zip(segments.offsets, segments.widths, segments.temperatures, strict=True)):
+        p = (teacher[:, o : o + w].double() / t).softmax(1)
+        torch.testing.assert_close(result.entropies[:, h].double(), -(p * p.log()).sum(1), rtol=1e-4, atol=1e-4)
+        same = student[:, o : o + w].argmax(1) == teacher[:, o : o + w].argmax(1)
+        assert result.agreement[:, h].bool().tolist() == same.tolist()
+    assert (result.losses - result.entropies)[:20, 0].abs().max() < 1e-5  # equal logits: KL is zero
+
+
+def test_ties_agree_as_torch_does():
+    segments = Segments((0,), (4,), (1.0,), (1.0,), ("softmax",))
+    student, teacher = torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0, 5.0]])
+    for impl in IMPLEMENTATIONS:
+        assert multihead_cross_entropy(student, teacher, segments, impl).agreement.item() == 0
+
+
+def test_gradcheck():
+    segments = table([4, 1, 6], ["softmax", "softmax", "sigmoid"])
+    student = torch.randn(3, segments.columns, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, segments.columns, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: multihead_cross_entropy(z, teacher, segments, "torch").total, (student,))
+
+
+def test_a_scaled_float16_gradient_does_not_underflow():
+    segments = Segments((0,), (1000,), (1.0,), (2.0,), ("softmax",))
+    student, teacher = logits(256, 1000, 1, torch.float16, 4)
+    _, _, gradient = oracle(student, teacher, segments)
+    leaf = student.clone().requires_grad_()
+    (multihead_cross_entropy(leaf, teacher, segments).total * 65536).backward()
+    recovered = leaf.grad.double() / 65536
+    assert ((recovered - gradient).abs() / gradient.abs()).median() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [((3, 10), (3, 9), "segment table ends at column 10"), ((3, 10), (4, 10), "of equal B"), ((3,), (3,), "of equal B")],
+)
+def test_shapes_that_do_not_fit(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        multihead_cross_entropy(torch.zeros(student), torch.zeros(teacher), table([4, 6]))
+
+
+def test_tables_that_cannot_be():
+    with pytest.raises(ValueError, match="one entry a head"):
+        Segments((0,), (1, 2), (1.0,), (1.0,), ("softmax",))
+    with pytest.raises(ValueError, match="T > 0"):
+        Segments((0,), (1,), (1.0,), (0.0,), ("softmax",))
+    with pytest.raises(ValueError, match="unknown head kind"):
+        Segments((0,), (1,), (1.0,), (1.0,), ("hinge",))
+
+
+def test_the_kernel_refuses_float64():
+    with pytest.raises(ValueError, match="float32"):
+        multihead_cross_entropy(torch.zeros(1, 4).double(), torch.zeros(1, 4), table([4]), "triton")

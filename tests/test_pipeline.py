@@ -1,0 +1,136 @@
+"""One decode path: DALI against its torchvision twin, over formats, sizes, boxes and flips."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_manifest import encoded, write
+
+from fastcon import pipeline, views
+from fastcon.errors import FastconError
+from fastcon.manifest import index
+from fastcon.pipeline import Request
+
+
+def requests_of(manifest, batch, view=0):
+    boxes = views.boxes(0, manifest.ids, view, manifest.widths, manifest.heights)
+    flips = views.flips(0, manifest.ids, view)
+    order = np.arange(len(manifest))
+    return [Request(order[a : a + batch], boxes[a : a + batch], flips[a : a + batch]) for a in range(0, len(order), batch)]
+
+
+def pixels_of(manifest, batch, sizes, **options):
+    batches = list(pipeline.decode(manifest, requests_of(manifest, batch), sizes, batch_size=batch, **options))
+    return {size: torch.cat([batch[size] for batch in batches]) for size in sizes}
+
+
+def difference(a, b):
+    return (a.int() - b.int()).abs().float().mean().item()
+
+
+def test_dali_equals_torchvision_on_rendered_images(proxy):
+    ours, twin = (pixels_of(proxy, 32, [24, 40], loader=loader) for loader in pipeline.LOADERS)
+    for size in (24, 40):
+        assert ours[size].shape == (150, 3, size, size)
+        assert ours[size].is_contiguous(memory_format=torch.channels_last)
+        assert difference(ours[size], twin[size]) < 0.5
+
+
+def test_dali_equals_torchvision_on_photos(shared_data):
+    photos = index([shared_data / "photos.tar"])
+    ours, twin = (pixels_of(photos, 21, [224], loader=loader)[224] for loader in pipeline.LOADERS)
+    assert difference(ours, twin) <= 0.5
+
+
+@pytest.mark.parametrize("loader", pipeline.LOADERS)
+def test_pixels_do_not_depend_on_the_batch(proxy, loader):
+    whole, single = pixels_of(proxy, 150, [32], loader=loader)[32], pixels_of(proxy, 7, [32], loader=loader, threads=1)[32]
+    assert torch.equal(whole, single)
+
+
+@pytest.mark.parametrize("loader", pipeline.LOADERS)
+def test_box_and_flip_are_what_they_say(tmp_path, loader):
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[10:20, 30:50] = [200, 100, 50]
+    pixels[10:20, 30:32] = [0, 255, 0]  # the left edge of the box
+    write(tmp_path / "a.png", b"")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    manifest = index([tmp_path])
+    box = np.array([[10, 30, 10, 20]] * 2, dtype=np.int32)
+    request = Request(np.zeros(2, int), box, np.array([0, 1], dtype=np.uint8))
+    [out] = pipeline.decode(manifest, [request], [20], batch_size=2, loader=loader)
+    plain, flipped = out[20].permute(0, 2, 3, 1)
+    assert plain[10, 0].tolist() == [0, 255, 0]
+    assert plain[10, 19].tolist() == [200, 100, 50]
+    assert torch.equal(plain.flip(1), flipped)
+
+
+FORMATS = {
+    "progressive.jpg": encoded("JPEG", progressive=True),
+    "grey.jpg": encoded("JPEG", mode="L"),
+    "cmyk.jpg": encoded("JPEG", mode="CMYK"),
+    "palette.png": encoded("PNG", mode="P"),
+    "alpha.png": encoded("PNG", mode="RGBA"),
+    "picture.webp": encoded("WEBP"),
+    "picture.bmp": encoded("BMP"),
+    "picture.tif": encoded("TIFF"),
+    "jpeg-inside.png": encoded("JPEG"),
+    "one.png": encoded("PNG", (1, 1)),
+}
+
+
+def sixteen_bit() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    ramp = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(ramp).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded("JPEG", exif=exif)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "sixteen.png", "rotated.jpg"])
+def test_formats_decode_alike_in_both(tmp_path, name):
+    write(tmp_path / name, FORMATS.get(name) or {"sixteen.png": sixteen_bit, "rotated.jpg": rotated}[name]())
+    manifest = index([tmp_path])
+    assert not manifest.rejects
+    ours, twin = (pixels_of(manifest, 1, [24], loader=loader)[24] for loader in pipeline.LOADERS)
+    assert difference(ours, twin) <= 1.0
+
+
+def test_a_changed_image_stops_the_pass_and_is_named(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.jpg", encoded(seed=i))
+    manifest = index([tmp_path])
+    write(tmp_path / "2.jpg", encoded(seed=99))
+    for loader in pipeline.LOADERS:
+        with pytest.raises(FastconError, match=r"image '2.jpg' .* changed"):
+            pixels_of(manifest, 1, [16], loader=loader)
+
+
+def test_prefetch_hands_over_in_order_raises_and_closes():
+    assert list(pipeline.prefetch(range(50), 3)) == list(range(50))
+
+    def failing():
+        yield 1
+        raise ValueError("inside")
+
+    items = pipeline.prefetch(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="inside"):
+        next(items)
+    endless = pipeline.prefetch(iter(int, 1), 2)
+    next(endless)
+    started = time.monotonic()
+    endless.close()
+    assert time.monotonic() - started < 2
+    assert not endless._thread.is_alive()

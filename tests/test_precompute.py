@@ -1,0 +1,181 @@
+"""Precompute: what is stored is what the teachers said of the pixels that training will see; it resumes exactly."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECIPE, SETTINGS, make_model, tree
+
+from fastcon import models, pipeline, precompute
+from fastcon import store as stores
+from fastcon.errors import FastconError
+from fastcon.loader import Loader
+from fastcon.pipeline import Request
+from fastcon.precompute import Teacher
+from fastcon.store import Store
+
+
+def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
+    store = Store(store_path)
+    view = store.view(1)
+    for teacher in teachers:
+        size = teacher.model.size
+        request = [Request(view.order[64:128], view.boxes[64:128], view.flips[64:128])]
+        [pixels] = pipeline.decode(proxy, request, [size], batch_size=64, loader="torchvision")
+        with torch.no_grad():
+            expected = teacher.model(pixels[size])
+        stored = torch.from_numpy(store.logits(teacher.name, 1, 1)).float()
+        # torchvision's pixels are within half a grey level of DALI's, the rest is float16
+        assert (stored - expected).abs().mean() < 0.02 * expected.std()
+        assert (stored.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
+def test_the_student_sees_the_pixels_the_teacher_saw(tmp_path, proxy, teachers, monkeypatch):
+    seen = []
+    real = precompute.run_teacher
+
+    def spy(model, pixels, settings):
+        seen.append(pixels.clone())
+        return real(model, pixels, settings)
+
+    monkeypatch.setattr(precompute, "run_teacher", spy)
+    precompute.precompute(str(tmp_path / "s"), proxy, teachers[:1], RECIPE, 2, SETTINGS)
+    by_teacher = torch.cat(seen).view(2, 150, 3, 32, 32)
+    view = [Store(tmp_path / "s").view(v) for v in range(2)]
+    loader = Loader(str(tmp_path / "s"), proxy, 25, epochs=2)
+    count = 0
+    for k, batch in enumerate(loader):
+        epoch = k // loader.schedule.steps
+        row_of = np.argsort(view[epoch].order)
+        rows = row_of[batch.indices]
+        assert torch.equal(batch.pixels, by_teacher[epoch][rows])
+        count += len(rows)
+    assert count == 300
+
+
+def test_resuming_gives_the_same_bytes(tmp_path, proxy, teachers, store_path, monkeypatch):
+    path = str(tmp_path / "s")
+    real, calls = stores.StoreWriter.write, 0
+
+    def dies(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls in (3, 6, 7):
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(stores.StoreWriter, "write", dies)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    monkeypatch.undo()
+    assert 0 < precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS) < 300
+    assert tree(Path(path)) == tree(store_path)
+    assert precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS) == 0
+    assert tree(Path(path)) == tree(store_path)
+
+
+def test_more_views_and_another_teacher_compute_just_those(tmp_path, proxy, teachers, store_path, monkeypatch):
+    path = str(tmp_path / "s")
+    ran: dict[str, int] = {}
+    real = precompute.run_teacher
+    names = {id(teacher.model): teacher.name for teacher in teachers}
+
+    def spy(model, pixels, settings):
+        ran[names[id(model)]] = ran.get(names[id(model)], 0) + len(pixels)
+        return real(model, pixels, settings)
+
+    monkeypatch.setattr(precompute, "run_teacher", spy)
+    precompute.precompute(path, proxy, teachers[:1], RECIPE, 1, SETTINGS)
+    assert ran == {"general": 150}
+    precompute.precompute(path, proxy, teachers, RECIPE, 1, SETTINGS)
+    assert ran == {"general": 150, "letters": 150}
+    precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    assert ran == {"general": 300, "letters": 300}
+    assert tree(Path(path)) == tree(store_path)
+
+
+def test_batches_never_straddle_a_chunk(store_path):
+    store = Store(store_path)
+    slices = [rows for chunk in range(store.chunks) for rows in precompute.batches_of(store, chunk, 24)]
+    assert [(rows.start, rows.stop) for rows in slices] == [
+        (0, 24), (24, 48), (48, 64), (64, 88), (88, 112), (112, 128), (128, 150),
+    ]  # fmt: skip
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path, store_path, proxy, teachers):
+    path = shutil.copytree(store_path, tmp_path / "s")
+    other = make_model(tmp_path / "m.safetensors", ["a", "b", "c"], seed=9, size=40)
+    changed = Teacher("letters", str(other), models.load(other))
+    with pytest.raises(FastconError, match=r"teacher 'letters' is in .* with weights \w{12}…, the one given has \w{12}…"):
+        precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, SETTINGS)
+
+
+def test_a_second_generalist_is_refused(tmp_path, store_path, proxy, teachers):
+    path = shutil.copytree(store_path, tmp_path / "s")
+    second = replace(teachers[1], name="other", generalist=True)
+    with pytest.raises(FastconError, match="has the generalist 'general', and a store has one"):
+        precompute.precompute(str(path), proxy, [second], RECIPE, 2, SETTINGS)
+
+
+def test_names_given_twice_are_refused(tmp_path, proxy, teachers):
+    with pytest.raises(FastconError, match="'letters' is given twice"):
+        precompute.precompute(str(tmp_path / "s"), proxy, [teachers[1]] * 2, RECIPE, 1, SETTINGS)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_logits_that_are_no_numbers_are_named_and_not_stored(tmp_path, proxy, teachers, value):
+    model = models.load(teachers[1].spec)
+    with torch.no_grad():
+        model.head_module.layer.bias[1] = value
+    with pytest.raises(FastconError, match=r"teacher 'bad' gives NaN, infinite or float16-overflowing .*image '0\d+\.jpg'"):
+        precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("bad", "x", model)], RECIPE, 1, SETTINGS)
+    assert not Store(tmp_path / "s").done("bad").any()
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path, proxy, teachers, store_path, monkeypatch):
+    path = str(tmp_path / "s")
+    real, calls = stores.StoreWriter.write, 0
+
+    def full(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError(28, "No space left on device")
+        real(self, *args)
+
+    monkeypatch.setattr(stores.StoreWriter, "write", full)
+    with pytest.raises(FastconError, match="No space left on device.: free space, then run the same command again"):
+        precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    monkeypatch.undo()
+    precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    assert tree(Path(path)) == tree(store_path)
+
+
+def test_pixels_that_decode_otherwise_are_refused(tmp_path, store_path, proxy, monkeypatch):
+    store = Store(store_path)
+    assert precompute.check_pixels(store, proxy, SETTINGS, exact=True) is None
+    slightly = replace(SETTINGS, loader="torchvision")
+    warning = precompute.check_pixels(store, proxy, slightly, exact=False)
+    assert warning is not None
+    assert "of 255 on average over 64 samples" in warning
+    assert "loader dali → torchvision" in warning
+    with pytest.raises(FastconError, match="decode differently"):
+        precompute.check_pixels(store, proxy, slightly, exact=True)
+    real = precompute.decode_samples
+    monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, :, ::-1])
+    with pytest.raises(FastconError, match="decode differently"):
+        precompute.check_pixels(store, proxy, SETTINGS, exact=False)
+
+
+def test_sample_pixels_are_kept(store_path):
+    rows, pixels = Store(store_path).samples()
+    assert len(rows) == 64
+    assert pixels.shape == (64, 32, 32, 3)
+    assert len(set(rows.tolist())) == 64
