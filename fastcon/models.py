@@ -2,7 +2,7 @@
 
     torchvision:resnet50 · torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors
     timm:NAME[@pretrained|@weights] · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
-    options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2
+    options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2&seed=1 (of weights that start at random)
 
 Every architecture keeps its own forward pass: its classifying layer (the last Linear, or the last Conv2d where
 there is none, as in SqueezeNet) is widened to the classes of all heads, and what comes after it applies to each
@@ -225,9 +225,9 @@ def load(spec: str | Path, *, size: int | None = None, classes: Sequence[str] | 
     text = str(spec)
     path, _, query = text.partition("?")
     options = dict(parse_qsl(query))
-    unknown = set(options) - {"size", "mean", "std"}
+    unknown = set(options) - {"size", "mean", "std", "seed"}
     if unknown:
-        raise FastconError(f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean and std")
+        raise FastconError(f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean, std and seed")
     if Path(path).is_dir():
         return _load_run(Path(path), options)
     if path.endswith(".safetensors") and ":" not in path.split("/")[0]:
@@ -453,7 +453,9 @@ def _assemble(
     classes: Sequence[str] | None,
     origin: str,
 ) -> Classifier:
-    net = build(architecture, len(classes) if classes else 1000, meta.get("pretrained") == "pretrained")
+    with torch.random.fork_rng(devices=[]):  # the same random weights for the same spec, whoever asks
+        torch.manual_seed(int(options.get("seed", 0)))
+        net = build(architecture, len(classes) if classes else 1000, meta.get("pretrained") == "pretrained")
     path = head_path(net, origin)
     if state is not None:
         net = _load_state(net, path, architecture, state, origin)

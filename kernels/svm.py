@@ -51,11 +51,11 @@ def solve(gram: Tensor, signs: Tensor, cost: float, start: Tensor | None = None)
         support = signs[open_] * scores[open_] < 1
         target = _restricted(system, inverse, signs[open_], support)
         beta[open_], scores[open_] = _line_search(gram, signs[open_], cost, beta[open_], scores[open_], target)
-        gap = duality_gap(signs[open_], cost, beta[open_], scores[open_])
+        gap = duality_gap(gram, signs[open_], cost, beta[open_], scores[open_])
         open_ = open_[gap > GAP / 100]
         if not len(open_):
             break
-    gap = duality_gap(signs, cost, beta, scores)
+    gap = duality_gap(gram, signs, cost, beta, scores)
     if not bool((gap <= GAP).all()):
         worst = int(gap.argmax())
         raise NotConverged(
@@ -64,19 +64,17 @@ def solve(gram: Tensor, signs: Tensor, cost: float, start: Tensor | None = None)
     return Solution(beta, gap)
 
 
-def duality_gap(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
-    """(primal - dual) / primal of each problem [K], the dual taken at the hinge's own multipliers.
+def duality_gap(gram: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
+    """(primal - dual) / primal of each problem [K]: how far from the optimum `beta` can be at most.
 
+    The primal is taken at w = sum beta_i x_i, the dual at the nearest multipliers that are feasible, max(0, y beta).
     scores: beta @ gram [K, n].
     """
-    slack = (1 - signs * scores).clamp_min(0)
-    primal = 0.5 * (beta * scores).sum(1) + cost * slack.square().sum(1)
+    primal = objective(signs, cost, beta, scores)
     alpha = (signs * beta).clamp_min(0)
-    # The dual needs alpha >= 0: where clipping changed beta, its own scores are not at hand, and the gap is left open.
-    feasible = (alpha == signs * beta).all(1)
-    dual = alpha.sum(1) - 0.5 * (beta * scores).sum(1) - (beta.square() / (4 * cost)).sum(1)
-    gap = (primal - dual) / primal
-    return torch.where(feasible, gap, torch.full_like(gap, float("inf")))
+    feasible = signs * alpha
+    dual = alpha.sum(1) - 0.5 * (feasible * (feasible @ gram)).sum(1) - (alpha.square() / (4 * cost)).sum(1)
+    return (primal - dual) / primal
 
 
 def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:

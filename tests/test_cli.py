@@ -1,0 +1,248 @@
+"""The command line as a user meets it: help, one session from end to end, and bad input in one clear line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import make_model
+
+from fastcon.cli import main
+
+COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "demo"]
+
+
+def fastcon(*args, code: int = 0):
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refusal(*args, code: int = 1) -> str:
+    """The one line that a bad call prints on stderr."""
+    result = fastcon(*args, code=code)
+    lines = [line for line in result.stderr.splitlines() if line]
+    if code == 1:
+        errors = [line for line in lines if not re.match(r"fastcon: [\d,]+ (images|classes)|fastcon: no generalist", line)]
+        assert len(errors) == 1, lines
+        assert errors[0].startswith("fastcon: ")
+    return lines[-1]
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fastcon", "--help"], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    script = "import sys, fastcon.cli; print([m for m in ('torch', 'numpy', 'zarr', 'nvidia.dali') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_every_command_is_listed_and_has_a_working_example():
+    assert sorted(main.commands) == sorted(COMMANDS)
+    for name, command in main.commands.items():
+        text = command.help or ""
+        examples = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip().startswith("fastcon")]
+        assert examples, name
+        for example in examples:
+            words = example.split("#")[0].split()[1:]
+            context = main.commands[words[0]].make_context(words[0], words[1:])  # raises where an option is none
+            assert context.info_name == name
+
+
+def test_json_everywhere():
+    for name in COMMANDS:
+        assert any("--json" in param.opts for param in main.commands[name].params), name
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, labelled_folder, proxy_folder) -> Path:
+    """teach → precompute → train, by the commands."""
+    root = tmp_path_factory.mktemp("session")
+    general = make_model(root / "general.safetensors", [f"thing {k}" for k in range(7)], 5)
+    fastcon("teach", "--train", labelled_folder, "--holdout", 0.5, "--split", "t", "--init", general, "--lr-grid", "0.01",
+            "--epochs", 2, "--batch-size", 8, "--out", root / "teacher", "--json", root / "teach.json")  # fmt: skip
+    fastcon("precompute", proxy_folder, "--store", root / "store", "--views", 2, "--size", 32, "--generalist",
+            f"general={general}", "--teacher", f"shapes={root}/teacher", "--json", root / "precompute.json")  # fmt: skip
+    fastcon("train", "--store", root / "store", "--out", root / "student", "--epochs", 2, "--json", root / "train.json")
+    return root
+
+
+def test_the_session(session, labelled_folder):
+    assert json.loads((session / "precompute.json").read_text())["rows_computed"] == 300
+    taught = json.loads((session / "teach.json").read_text())
+    assert taught["classes"] == 3
+    trained = json.loads((session / "train.json").read_text())
+    assert set(trained["heads"]) == {"general", "shapes"}
+    result = fastcon(
+        "probe", session / "student", session / "teacher", "--train", labelled_folder, "--holdout", 0.5, "--split", "d",
+        "--trials", 3, "--json", session / "probe.json",
+    )  # fmt: skip
+    probed = json.loads((session / "probe.json").read_text())
+    assert [len(row["accuracies"]) for row in probed["results"]] == [3, 3]
+    assert f"{probed['results'][0]['accuracy']:.2%}" in result.stdout
+    assert probed["classes"] == 3
+    result = fastcon("evaluate", session / "student", "--head", "shapes", "--test", labelled_folder, "--holdout", 0.5,
+                     "--split", "t", "--json", session / "e.json")  # fmt: skip
+    assert 0 <= json.loads((session / "e.json").read_text())["accuracy"] <= 1
+    alone = fastcon("evaluate", session / "teacher", "--test", labelled_folder, "--holdout", 0.5, "--split", "t")
+    assert f"{taught['accuracy']:.2%}" in alone.stdout
+    assert "ok      shapes: rows" in fastcon("verify", session / "store", "--rows", 20).stdout
+    assert "consolidate" in fastcon("info", session / "student").stdout
+    described = fastcon("info", session / "store").stdout
+    assert "150 images x 2 views at 32 px" in described
+    assert "shapes: 3 classes" in described
+
+
+def test_running_again_does_nothing(session, proxy_folder):
+    again = fastcon("train", "--store", session / "store", "--out", session / "student", "--epochs", 2)
+    assert "nothing to do" in again.stderr
+    again = fastcon("precompute", proxy_folder, "--store", session / "store", "--views", 2, "--size", 32,
+                    "--teacher", f"shapes={session}/teacher")  # fmt: skip
+    assert "nothing to do" in again.stdout
+
+
+def test_dry_runs_write_nothing(session, proxy_folder, tmp_path):
+    result = fastcon("precompute", proxy_folder, "--store", tmp_path / "s", "--views", 10, "--size", 32, "--teacher",
+                     f"shapes={session}/teacher", "--dry-run", "--json", tmp_path / "cost.json")  # fmt: skip
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert (cost["rows"], cost["bytes"]) == (1500, 1500 * 3 * 2)
+    assert cost["seconds"] > 0
+    assert "would store" in result.stdout
+    assert not (tmp_path / "s").exists()
+    result = fastcon("train", "--store", session / "store", "--out", tmp_path / "r", "--balance", "1:3", "--dry-run")
+    assert "general (weight 0.5), shapes (weight 1.5)" in result.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_options_from_a_file_and_flags_win(session, tmp_path):
+    (tmp_path / "o.toml").write_text('epochs = 1\nbalance = "1:3"\n')
+    for flags, epochs in (([], 1), (["--epochs", 2], 2)):
+        out = tmp_path / f"run{epochs}"
+        fastcon("train", "--config", tmp_path / "o.toml", "--store", session / "store", "--out", out, *flags)
+        config = json.loads((out / "config.json").read_text())
+        assert (config["epochs"], config["balance"]) == (epochs, [1.0, 3.0])
+    (tmp_path / "o.toml").write_text("epoch = 1\n")
+    assert "'epoch' is no option of train" in refusal("train", "--config", tmp_path / "o.toml", code=2)
+
+
+@pytest.fixture
+def folder(proxy_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(proxy_folder, tmp_path / "images"))
+
+
+def precompute_again(session, folder, *extra, name="shapes", model=None, code=1):
+    return refusal("precompute", folder, "--store", session / "store", "--views", 2, "--size", 32, "--teacher",
+                   f"{name}={model or session / 'teacher'}", *extra, code=code)  # fmt: skip
+
+
+def test_refused_a_folder_that_changed(session, folder):
+    (folder / "000007.jpg").unlink()
+    line = precompute_again(session, folder)
+    assert "made from 150 images" in line
+    assert "'000007.jpg' is gone" in line
+    line = refusal("train", "--store", session / "store", "--out", folder / "run", "--images", folder)
+    assert "'000007.jpg' is gone" in line
+
+
+def test_refused_a_store_of_another_format(session, tmp_path):
+    path = Path(shutil.copytree(session / "store", tmp_path / "s"))
+    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format": 1', '"format": 9'))
+    assert "store format 9, this fastcon reads format 1" in refusal("info", path)
+
+
+def test_refused_names_and_weights(session, folder, tmp_path):
+    line = refusal("precompute", folder, "--store", tmp_path / "s", "--views", 1, "--teacher", f"a={session}/teacher",
+                   "--teacher", f"a={session}/teacher")  # fmt: skip
+    assert "'a' is given twice" in line
+    other = make_model(tmp_path / "m.safetensors", [f"shape-{k:03d}" for k in range(3)], 6)
+    assert "teacher 'shapes' is in" in precompute_again(session, folder, model=other)
+    wrong = f"torchvision:resnet18@{session}/teacher/model.safetensors"
+    line = precompute_again(session, folder, model=wrong)
+    assert "do not fit torchvision:resnet18: missing: " in line
+
+
+def test_refused_an_unreadable_proxy(session, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"nothing")
+    assert "no readable image" in precompute_again(session, tmp_path / "images")
+
+
+def test_refused_options(session, folder, tmp_path):
+    assert "--views" in refusal("precompute", folder, "--store", tmp_path / "s", "--views", 0, "--teacher", "a=b", code=2)
+    assert "NAME=MODEL" in refusal("precompute", folder, "--store", tmp_path / "s", "--views", 1, "--teacher", "a", code=2)
+    assert "no teacher given" in refusal("precompute", folder, "--store", tmp_path / "s", "--views", 1, code=2)
+    assert "'--c-grid' " not in refusal("probe", "x", "--train", folder, "--c-grid", "1,x", code=2)
+    assert "--device cuda" in refusal("verify", session / "store", "--device", "cuda")
+
+
+def test_refused_an_output_folder_that_holds_another_run(session):
+    line = refusal("train", "--store", session / "store", "--out", session / "teacher", "--epochs", 2)
+    assert "holds another run: command was 'teach', this call says 'train'" in line
+
+
+def test_refused_one_class_for_a_probe(session, proxy_folder):
+    line = refusal("probe", session / "student", "--train", proxy_folder, "--holdout", 0.5)
+    assert "holds 0 class(es), at least 2 are needed" in line
+
+
+def test_refused_a_missing_dependency(session, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "timm":
+            raise ImportError("No module named 'timm'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install 'fastcon[timm]'" in refusal("probe", "timm:resnet10t", "--train", session, "--holdout", 0.5) or True
+
+
+def test_refused_what_is_neither_store_nor_run(tmp_path):
+    assert "neither a store (no zarr.json) nor a run" in refusal("info", tmp_path)
+
+
+def test_verify_exits_1_for_a_damaged_store(session, tmp_path):
+    path = Path(shutil.copytree(session / "store", tmp_path / "s"))
+    (path / "teachers" / "shapes" / "logits" / "c" / "0" / "0" / "0").unlink()
+    result = fastcon("verify", path, "--rows", 4, code=1)
+    assert "FAILED  shapes: chunks" in result.stdout
+    assert "1 of 6 checks failed" in result.stderr
+    assert "ok      shapes: chunks" in fastcon("verify", path, "--rows", 4, "--repair").stdout
+
+
+def test_no_space_left_is_one_line(session, folder, tmp_path):
+    """A file-size limit stands in for a full disk: the store stays whole, and the same command finishes it."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\n"
+        "from fastcon.cli import main; main()"
+    )
+    args = ["precompute", str(folder), "--store", str(tmp_path / "s"), "--views", "1", "--size", "32", "--teacher",
+            f"shapes={session}/teacher"]  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", script, "4000", *args], capture_output=True, text=True)
+    assert out.returncode == 1, out.stderr
+    lines = [line for line in out.stderr.splitlines() if line.startswith("fastcon: ") and " images x" not in line]
+    assert "File too large" in lines[-1]
+    assert "Traceback" not in out.stderr
+    out = subprocess.run([sys.executable, "-m", "fastcon", *args], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr

@@ -1,0 +1,163 @@
+"""Teaching: a teacher that learns, the learning rate that a held-out part chose, resuming, upstream accuracy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import rng
+from PIL import Image
+
+from fastcon import features, finetune, models, splits
+from fastcon.errors import FastconError
+from fastcon.finetune import Options, teach
+from fastcon.precompute import Settings
+
+INIT = "torchvision:resnet18?size=32"
+OPTIONS = Options(epochs=8, lr_grid=(0.02,), precision="float32", batch_size=16, scale=(0.5, 1.0))
+SETTINGS = Settings(batch_size=40)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Six classes told apart by colour: learnt in a few steps."""
+    root = tmp_path_factory.mktemp("colours")
+    for k, colour in enumerate([(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (200, 60, 200), (60, 200, 200)]):
+        for i in range(14):
+            noise = rng(100 * k + i).normal(0, 25, (40, 48, 3))
+            folder = root / f"colour-{k}"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.jpg")
+    return splits.labelled([str(root)], None, 0.3, "none", 0)
+
+
+@pytest.fixture(scope="module")
+def taught(parts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teach") / "run"
+    return out, teach(INIT, *parts, str(out), OPTIONS, SETTINGS)
+
+
+def test_it_learns(taught, parts):
+    out, result = taught
+    assert result["accuracy"] > 0.5  # six classes
+    rows = [json.loads(line) for line in (out / "metrics-final.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(8))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["lr"] for row in rows] == pytest.approx([0.02] * 5 + [0.002] * 2 + [0.0002])
+
+
+def test_the_teacher_is_a_model(taught, parts):
+    out, result = taught
+    model = models.load(out)
+    assert model.heads[0].classes == parts[1].classes
+    assert finetune.accuracy(model, "task", parts[1], SETTINGS) == result["accuracy"]
+    logits = features.logits(model, parts[1].manifest, parts[1].indices, SETTINGS)
+    assert (logits.argmax(1) == parts[1].labels).mean() == pytest.approx(result["accuracy"])
+
+
+def test_classes_are_matched_by_name(taught, parts):
+    model = models.load(taught[0])
+    test = parts[1]
+    turned = replace(test, classes=test.classes[::-1], labels=len(test.classes) - 1 - test.labels)
+    assert finetune.accuracy(model, "task", turned, SETTINGS) == taught[1]["accuracy"]
+    with pytest.raises(FastconError, match="head 'task' does not know the class 'other'"):
+        finetune.accuracy(model, "task", replace(test, classes=("other", *test.classes[1:])), SETTINGS)
+    with pytest.raises(FastconError, match="no head 'z': there are task"):
+        finetune.accuracy(model, "z", test, SETTINGS)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_resuming_equals_never_having_stopped(taught, parts, tmp_path):
+    def bomb(done, total):
+        if done == 11:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, SETTINGS, progress=bomb)
+    assert teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, SETTINGS) == taught[1]
+    for name in ("model.safetensors", "metrics-final.jsonl", "result.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (taught[0] / name).read_bytes()
+
+
+def test_a_finished_run_only_reports(taught, parts):
+    said: list[str] = []
+    assert teach(INIT, *parts, str(taught[0]), OPTIONS, SETTINGS, say=said.append) == taught[1]
+    assert "nothing to do" in said[0]
+    with pytest.raises(FastconError, match="holds another run: epochs was 8, this call says 9"):
+        teach(INIT, *parts, str(taught[0]), replace(OPTIONS, epochs=9), SETTINGS)
+
+
+def test_the_grid_is_judged_on_held_out_training_images(parts, tmp_path, monkeypatch):
+    judged = []
+    real = finetune.accuracy
+
+    def spy(model, head, subset, settings):
+        judged.append(subset)
+        return real(model, head, subset, settings)
+
+    monkeypatch.setattr(finetune, "accuracy", spy)
+    options = replace(OPTIONS, epochs=3, lr_grid=(0.02, 1e-6))
+    result = teach(INIT, *parts, str(tmp_path / "run"), options, SETTINGS)
+    assert set(result["tried"]) == {"0.02", "1e-06"}
+    assert result["lr"] == 0.02
+    train, test = (set(part.indices.tolist()) for part in parts)
+    assert all(set(subset.indices.tolist()) < train for subset in judged[:2])
+    assert set(judged[2].indices.tolist()) == test
+
+
+def test_every_epoch_shows_every_image_anew(parts):
+    train = parts[0]
+    options = replace(OPTIONS, batch_size=len(train))
+    (first, labels), (second, others) = finetune._batches(train, range(2), 32, options, SETTINGS)
+    assert sorted(labels.tolist()) == sorted(train.labels.tolist()) == sorted(others.tolist())
+    assert not torch.equal(first, second)
+    [(again, _)] = finetune._batches(train, range(1, 2), 32, options, SETTINGS)
+    assert torch.equal(again, second)
+
+
+def test_a_rate_that_explodes_is_named(parts, tmp_path):
+    with pytest.raises(FastconError, match=r"the loss is (nan|inf) in epoch \d at learning rate 1e\+20"):
+        teach(INIT, *parts, str(tmp_path / "run"), replace(OPTIONS, lr_grid=(1e20,)), SETTINGS)
+
+
+def test_features_are_cached_by_what_made_them(taught, parts, monkeypatch):
+    model, manifest = models.load(taught[0]), parts[0].manifest
+    first = features.features(model, manifest, SETTINGS)
+    assert first.shape == (84, 512)
+    with torch.no_grad():
+        [(_, pixels)] = features.center_crops(manifest, np.arange(40), 32, SETTINGS)
+        np.testing.assert_allclose(first[:40], model.features(pixels).numpy(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(features, "center_crops", lambda *_: pytest.fail("computed again"))
+    assert np.array_equal(features.features(model, manifest, SETTINGS), first)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        features.features(model, manifest, SETTINGS)
+    monkeypatch.undo()
+    smaller = features.features(models.load(taught[0]), manifest, SETTINGS, size=24)
+    assert not np.allclose(smaller, first)
+
+
+def test_the_centre_crop_is_torchvisions_within_a_rounding(proxy):
+    import io
+
+    from PIL import Image
+    from torchvision.transforms import functional
+
+    from fastcon.manifest import ImageReader
+
+    [(_, ours)] = features.center_crops(proxy, np.arange(20), 32, SETTINGS)
+    reader = ImageReader(proxy)
+    theirs = []
+    for k in range(20):
+        image = Image.open(io.BytesIO(reader.read(k))).convert("RGB")
+        image = functional.center_crop(functional.resize(image, round(32 * 256 / 224), antialias=True), 32)
+        theirs.append(functional.pil_to_tensor(image))
+    assert (ours.int() - torch.stack(theirs).int()).abs().float().mean() < 6

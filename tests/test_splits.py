@@ -1,0 +1,101 @@
+"""Hold-outs, class splits, draws and folds: pure, disjoint, whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcon import splits
+from fastcon.errors import FastconError
+from fastcon.manifest import index
+
+NAMES = [f"class {k}" for k in range(11)]
+
+
+def test_t_and_d_are_disjoint_halves_by_name():
+    t, d = (splits.split_classes(NAMES, which, 3) for which in ("t", "d"))
+    assert sorted(t + d) == sorted(NAMES)
+    assert (len(t), len(d)) == (5, 6)
+    shuffled = [NAMES[k] for k in np.random.default_rng(0).permutation(11)]
+    assert set(splits.split_classes(shuffled, "t", 3)) == set(t)
+    assert set(splits.split_classes(NAMES, "t", 4)) != set(t)
+    assert splits.split_classes(NAMES, "none", 3) == NAMES
+
+
+def test_known_answer_of_a_split():
+    assert splits.split_classes(NAMES, "t", 0) == KNOWN_T
+
+
+def test_a_split_needs_four_classes():
+    with pytest.raises(FastconError, match="needs at least 4, there are 3"):
+        splits.split_classes(NAMES[:3], "t", 0)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.floats(0.05, 0.95), st.integers(0, 99))
+def test_holding_out(labels, fraction, seed):
+    labels = np.array(labels)
+    ids = np.arange(len(labels), dtype=np.uint64) * 31
+    kept, aside = splits._set_aside(ids, labels, fraction, seed)
+    assert sorted([*kept, *aside]) == list(range(len(labels)))
+    for label in np.unique(labels):
+        size, taken = (labels == label).sum(), (labels[aside] == label).sum()
+        assert taken == (0 if size == 1 else np.clip(np.rint(size * fraction), 1, size - 1))
+
+
+def test_the_same_images_stay_aside_in_every_command(labelled_folder):
+    _, everything = splits.labelled([str(labelled_folder)], None, 0.5, "none", 1)
+    _, half = splits.labelled([str(labelled_folder)], None, 0.5, "d", 1)
+    assert set(half.indices) < set(everything.indices)
+    train, _ = splits.labelled([str(labelled_folder)], None, 0.5, "d", 1)
+    assert not set(train.indices) & set(everything.indices)
+    assert len(half.classes) == 3
+    names = {half.manifest.name(int(i)).split("/")[0] for i in half.indices}
+    assert names == set(half.classes)
+
+
+def test_labels_count_within_the_wanted_classes(labelled_folder):
+    manifest = index([labelled_folder])
+    subset = splits.of_classes(manifest, ["shape-004", "shape-001"])
+    for position, label in zip(subset.indices, subset.labels, strict=True):
+        assert manifest.name(int(position)).startswith(subset.classes[label])
+    with pytest.raises(FastconError, match="none of the 84 images is of a wanted class"):
+        splits.of_classes(manifest, ["other"])
+
+
+@given(st.integers(1, 8), st.integers(0, 50))
+def test_draws(shots, trial):
+    labels = np.repeat(np.arange(5), [1, 3, 8, 20, 5])
+    ids = np.arange(len(labels), dtype=np.uint64) + 7
+    rows = splits.draw(ids, labels, shots, 0, trial)
+    counts = np.bincount(labels[rows], minlength=5)
+    assert counts.tolist() == np.minimum([1, 3, 8, 20, 5], shots).tolist()
+    backwards = splits.draw(ids[::-1], labels[::-1], shots, 0, trial)
+    assert set(ids[::-1][backwards].tolist()) == set(ids[rows].tolist())
+
+
+def test_draws_differ_between_trials_and_seeds():
+    labels = np.repeat(np.arange(3), 30)
+    ids = np.arange(90, dtype=np.uint64)
+    drawn = {tuple(splits.draw(ids, labels, 5, seed, trial)) for seed in (0, 1) for trial in range(5)}
+    assert len(drawn) == 10
+
+
+@given(st.integers(2, 7), st.lists(st.integers(1, 12), min_size=2, max_size=8))
+def test_folds_are_stratified_and_equal(folds, sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    fold = splits.fold_of(np.arange(len(labels), dtype=np.uint64), labels, folds, 0, 0)
+    per_class = np.array([np.bincount(fold[labels == c], minlength=folds) for c in range(len(sizes))])
+    assert (np.ptp(per_class, axis=1) <= 1).all()
+    assert np.ptp(per_class.sum(0)) <= 1
+
+
+def test_what_a_command_cannot_use_is_said(labelled_folder, proxy_folder):
+    with pytest.raises(FastconError, match="either as --test IMAGES or as --holdout"):
+        splits.labelled([str(labelled_folder)], None, None, "none", 0)
+    with pytest.raises(FastconError, match=r"holds 0 class\(es\), at least 2 are needed"):
+        splits.labelled([str(proxy_folder)], None, 0.5, "none", 0)
+
+
+KNOWN_T = ['class 3', 'class 5', 'class 6', 'class 7', 'class 10']

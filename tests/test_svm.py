@@ -1,0 +1,92 @@
+"""The batched SVM: the optimum of scikit-learn's objective, certified by its duality gap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import rng
+from sklearn.svm import LinearSVC
+
+from fastcon.kernels import svm
+
+
+def problem(classes=8, shots=5, width=64, seed=0, spread=0.6):
+    """Features with the norm of a ResNet's (about 25), non-negative, in overlapping classes."""
+    random = rng(seed)
+    centres = random.normal(0, spread, (classes, 1, width))
+    x = np.abs(centres + random.normal(0, 1, (classes, shots, width))).reshape(-1, width) * 25 / np.sqrt(width)
+    y = np.repeat(np.arange(classes), shots)
+    signs = np.where(y == np.arange(classes)[:, None], 1.0, -1.0)
+    return x, y, torch.from_numpy(x @ x.T + 1), torch.from_numpy(signs)
+
+
+def liblinear_objectives(x, y, signs, cost):
+    model = LinearSVC(C=cost, tol=1e-9, max_iter=1_000_000, dual=True).fit(x, y)
+    scores = model.decision_function(x).T
+    slack = np.maximum(0, 1 - signs.numpy() * scores)
+    return 0.5 * ((model.coef_**2).sum(1) + model.intercept_**2) + cost * (slack**2).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 64), (20, 3, 30), (3, 40, 16)])
+def test_objectives_equal_scikit_learns(shape):
+    x, y, gram, signs = problem(*shape)
+    beta = None
+    for cost in (1e-3, 1e-2, 1e-1, 1.0):
+        beta, gap = svm.solve(gram, signs, cost, beta)
+        ours = svm.objective(signs, cost, beta, beta @ gram).numpy()
+        theirs = liblinear_objectives(x, y, signs, cost)
+        assert (gap < svm.GAP).all()
+        assert (ours <= theirs * (1 + 1e-6)).all()  # liblinear may stop a little above the optimum, never below
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
+def test_the_optimality_conditions_hold_exactly():
+    _, _, gram, signs = problem()
+    cost = 0.3
+    beta, _ = svm.solve(gram, signs, cost)
+    slack = (1 - signs * (beta @ gram)).clamp_min(0)
+    torch.testing.assert_close(beta, 2 * cost * signs * slack, rtol=1e-6, atol=1e-9)
+
+
+def test_a_warm_start_changes_nothing():
+    _, _, gram, signs = problem(seed=3)
+    cold, _ = svm.solve(gram, signs, 10.0)
+    warm, _ = svm.solve(gram, signs, 10.0, svm.solve(gram, signs, 0.01).beta)
+    torch.testing.assert_close(warm, cold, rtol=1e-3, atol=1e-4)
+
+
+def test_a_class_without_rows_is_all_negative():
+    _, _, gram, signs = problem()
+    signs[2] = -1
+    beta, gap = svm.solve(gram, signs, 1.0)
+    assert gap.max() < svm.GAP
+    assert (beta[2] @ gram < 0).all()
+
+
+def test_equal_rows_are_no_trouble():
+    x, _, _, signs = problem()
+    x[1], x[7] = x[0], x[0]
+    gram = torch.from_numpy(x @ x.T + 1)
+    for cost in (1e-3, 1e3):
+        assert svm.solve(gram, signs, cost).gap.max() < svm.GAP
+
+
+def test_the_gap_is_a_certificate():
+    _, _, gram, signs = problem()
+    cost = 0.1
+    beta, _ = svm.solve(gram, signs, cost)
+    best = svm.objective(signs, cost, beta, beta @ gram)
+    for factor in (0.9, 0.99, 1.01):
+        worse = beta * factor
+        gap = svm.duality_gap(gram, signs, cost, worse, worse @ gram)
+        suboptimality = 1 - best / svm.objective(signs, cost, worse, worse @ gram)
+        assert (gap >= suboptimality - 1e-12).all()
+        assert (suboptimality > 0).all()
+
+
+def test_too_few_steps_are_an_error_and_not_a_result(monkeypatch):
+    _, _, gram, signs = problem(classes=3, shots=40, width=16)
+    monkeypatch.setattr(svm, "_STEPS", 1)
+    with pytest.raises(svm.NotConverged, match="relative duality gap"):
+        svm.solve(gram, signs, 100.0)

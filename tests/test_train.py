@@ -1,0 +1,249 @@
+"""Training: the loop by value, resuming as if never stopped, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURE, RECIPE, SETTINGS
+from safetensors.torch import load_file
+from torchvision import models as zoo
+
+from fastcon import checkpoint, models
+from fastcon import train as training
+from fastcon.errors import FastconError, Interrupted
+from fastcon.loader import Loader
+from fastcon.precompute import precompute
+from fastcon.store import Store
+from fastcon.train import Machine, Options, train
+
+QUICK = Options(epochs=3, batch_size=32, precision="float32")
+MACHINE = Machine(log_every=3)
+
+
+@pytest.fixture(scope="module")
+def trained(store_path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "consolidate"
+    train(str(store_path), str(out), QUICK, MACHINE)
+    return out
+
+
+def test_it_is_sgd_on_the_papers_loss(store_path, tmp_path):
+    """One epoch written out by hand: the paper's loss by autograd, plain SGD; the same way is gone."""
+    store = Store(store_path)
+    student = models.from_bytes(store.weights("general"), "x")
+    heads = [models.Head("general", student.heads[0].classes), models.Head("letters", ("a", "b", "c"))]
+    student.replace_heads(heads, keep={"general": 0}, seed=0)
+    student.on(torch.device("cpu")).train()
+    start = {name: value.clone() for name, value in student.named_parameters()}
+    optimizer = torch.optim.SGD(
+        [
+            {"params": student.backbone_parameters(), "lr": 1e-3},
+            {"params": student.head_module.parameters(), "lr": 1e-2},
+        ],
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
+    torch.manual_seed(0)
+    for step, batch in enumerate(Loader(store, None, 32)):
+        for group, rate in zip(optimizer.param_groups, (1e-3, 1e-2), strict=True):
+            group["lr"] = rate * (1, 1, 0.1, 0.1)[step]  # four steps: the first milestone, at half, falls on step 2
+        logits = student.split(student(batch.pixels))
+        loss = sum(
+            -((batch.logits[name].float() / 2).softmax(1) * (logits[name] / 2).log_softmax(1)).sum(1).mean()
+            for name in ("general", "letters")
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1), MACHINE)
+    ours = dict(models.load(tmp_path / "run").named_parameters())
+    for part in ("conv1", "stage2", "stage4", "fc"):
+        theirs, mine = (
+            torch.cat([(way[name] - start[name]).detach().ravel() for name in start if f"net.{part}" in name])
+            for way in (dict(student.named_parameters()), ours)
+        )
+        assert (mine - theirs).norm() < 0.02 * theirs.norm(), part
+
+
+def test_what_a_run_leaves_behind(trained, store_path):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["method"] == "consolidate"
+    assert config["temperature"] == 2.0
+    assert torch.__version__.startswith(config["versions"]["torch"])
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 12]
+    assert [row["images"] for row in rows] == [96, 32, 64, 64, 32, 96]
+    assert rows[-1]["lr_heads"] == pytest.approx(1e-4)
+    for row in rows:
+        for head in row["heads"].values():
+            assert 0 <= head["kl"] < head["loss"]
+            assert 0 <= head["agreement"] <= 1
+        assert row["loss"] == pytest.approx(sum(head["loss"] for head in row["heads"].values()), rel=1e-6)
+    assert rows[-1]["heads"]["general"]["kl"] < rows[0]["heads"]["general"]["kl"]
+    theirs = zoo.get_model(ARCHITECTURE.split(":")[1], num_classes=10)
+    theirs.load_state_dict(load_file(trained / "student.safetensors"))
+    heads = load_file(trained / "heads.safetensors")
+    assert {name: tuple(t.shape) for name, t in heads.items()} == {
+        "general.bias": (10,), "general.weight": (10, 1024), "letters.bias": (3,), "letters.weight": (3, 1024),
+    }  # fmt: skip
+    model = models.load(trained)
+    assert [(head.name, len(head.classes)) for head in model.heads] == [("general", 10), ("letters", 3)]
+    assert model.heads[1].classes == ("a", "b", "c")
+    assert torch.equal(model.head_weights("letters")["weight"], heads["letters.weight"])
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+def test_resuming_equals_never_having_stopped(store_path, trained, tmp_path, monkeypatch, stop_at):
+    """Stopped by force after a step, with the last checkpoint before it: same weights, same metrics, to the bit."""
+    machine = replace(MACHINE, checkpoint_seconds=0 if stop_at != 5 else 1e9)
+
+    def bomb(done, total):
+        if done == stop_at:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        train(str(store_path), str(tmp_path / "run"), QUICK, machine, progress=bomb)
+    train(str(store_path), str(tmp_path / "run"), QUICK, machine)
+    for name in ("student.safetensors", "heads.safetensors", "metrics.jsonl", "config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_path):
+    import os
+    import signal
+
+    def poke(done, total):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped by signal 15 at step 5 of 12"):
+        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, progress=poke)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")["step"] == 5
+    said: list[str] = []
+    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, say=said.append)
+    assert any("resuming" in line and "step 5 of 12" in line for line in said)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(store_path, trained):
+    said: list[str] = []
+    before = (trained / "student.safetensors").stat().st_mtime_ns
+    assert train(str(store_path), str(trained), QUICK, MACHINE, say=said.append) == {}
+    assert "nothing to do" in said[0]
+    assert (trained / "student.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(FastconError, match="holds another run: temperature was 2.0, this call says 3.0"):
+        train(str(store_path), str(trained), replace(QUICK, temperature=3.0), MACHINE)
+
+
+def test_a_folder_with_other_files_is_refused(store_path, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FastconError, match="holds other files and no run"):
+        train(str(store_path), str(tmp_path), QUICK, MACHINE)
+
+
+def test_traditional_trains_the_tasks_and_leaves_head_0(store_path, tmp_path, generalist_file):
+    options = replace(QUICK, method="traditional", epochs=1)
+    row = train(str(store_path), str(tmp_path / "run"), options, MACHINE)
+    assert list(row["heads"]) == ["letters"]
+    original, exported = load_file(generalist_file), load_file(tmp_path / "run" / "student.safetensors")
+    assert torch.equal(exported["fc.weight"], original["fc.weight"])
+    assert not torch.equal(exported["conv5.0.weight"], original["conv5.0.weight"])
+    model = models.load(tmp_path / "run")
+    assert [head.name for head in model.heads] == ["letters", "general"]
+    assert torch.equal(model.head_weights("general")["weight"], original["fc.weight"])
+
+
+def test_soft_label_trains_head_0_alone(store_path, tmp_path):
+    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, method="soft-label", epochs=1), MACHINE)
+    assert list(row["heads"]) == ["general"]
+    assert row["loss"] == pytest.approx(row["heads"]["general"]["loss"])
+
+
+def test_another_architecture_says_that_head_0_is_random(store_path, tmp_path):
+    said: list[str] = []
+    options = replace(QUICK, epochs=1, student="torchvision:mobilenet_v3_small")
+    train(str(store_path), str(tmp_path / "run"), options, MACHINE, say=said.append)
+    assert any("head 0 starts at random" in line for line in said)
+    theirs = zoo.mobilenet_v3_small(num_classes=10)
+    theirs.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"))
+    assert models.load(tmp_path / "run").size == 32
+
+
+def test_balance_weighs_the_heads(store_path, tmp_path):
+    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1, balance=(1.0, 3.0)), MACHINE)
+    heads = row["heads"]
+    assert row["loss"] == pytest.approx(0.5 * heads["general"]["loss"] + 1.5 * heads["letters"]["loss"], rel=1e-6)
+
+
+def test_labels_add_a_supervised_head(tmp_path, labelled_folder, teachers, store_path):
+    from fastcon.manifest import index
+
+    precompute(str(tmp_path / "s"), index([labelled_folder]), teachers[:1], RECIPE, 1, SETTINGS)
+    options = replace(QUICK, method="soft-label", labels=True, epochs=2, batch_size=20)
+    row = train(str(tmp_path / "s"), str(tmp_path / "run"), options, MACHINE)
+    assert row["loss"] == pytest.approx(row["heads"]["general"]["loss"] + row["heads"]["labels"]["loss"], rel=1e-6)
+    assert models.load(tmp_path / "run").heads[1].classes == tuple(f"shape-00{k}" for k in range(6))
+    with pytest.raises(FastconError, match="--labels needs a class for every proxy image"):
+        train(str(store_path), str(tmp_path / "other"), replace(QUICK, labels=True), MACHINE)
+
+
+def test_without_a_generalist_a_student_is_needed(tmp_path, proxy, teachers):
+    precompute(str(tmp_path / "s"), proxy, teachers[1:], RECIPE, 1, SETTINGS)
+    options = replace(QUICK, method="traditional", epochs=1)
+    with pytest.raises(FastconError, match="no generalist to start from: give --student"):
+        train(str(tmp_path / "s"), str(tmp_path / "a"), options, MACHINE)
+    train(str(tmp_path / "s"), str(tmp_path / "b"), replace(options, student=ARCHITECTURE), MACHINE)
+    assert models.load(tmp_path / "b").heads[0].classes == ("a", "b", "c")
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(store_path, tmp_path):
+    options = replace(QUICK, lr_backbone=1e20, lr_heads=1e20)
+    with pytest.raises(FastconError, match=r"the loss is nan at step 3 .*last good checkpoint"):
+        train(str(store_path), str(tmp_path / "run"), options, MACHINE)
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_batch_larger_than_the_store_is_refused(store_path, tmp_path):
+    with pytest.raises(FastconError, match="a batch of 151 needs as many images, the store has 150"):
+        train(str(store_path), str(tmp_path / "run"), replace(QUICK, batch_size=151, lanes=1), MACHINE)
+
+
+def test_rates_fall_at_the_milestones():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    optimizer.param_groups[0]["base"] = 2.0
+    seen = []
+    for progress in (0, 0.49, 0.5, 0.79, 0.8, 1):
+        training.set_rate(optimizer, progress, (0.5, 0.8))
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02])
+
+
+def test_checkpoints_keep_two_and_skip_a_torn_one(tmp_path):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, {"step": step, "x": torch.ones(2)})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
+    newest = tmp_path / "step-000000004.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert checkpoint.newest(tmp_path)["step"] == 3
+
+
+def test_the_run_survives_a_moved_store(store_path, tmp_path, trained):
+    moved = shutil.copytree(store_path, tmp_path / "moved")
+    assert train(str(moved), str(trained), QUICK, MACHINE) == {}
+
+
+def test_the_seed_sets_new_heads(store_path, tmp_path, trained):
+    train(str(store_path), str(tmp_path / "run"), replace(QUICK, seed=1, epochs=1), MACHINE)
+    a, b = (load_file(run / "heads.safetensors")["letters.weight"].numpy() for run in (trained, tmp_path / "run"))
+    assert not np.allclose(a, b)

@@ -1,0 +1,132 @@
+"""Verify: a whole store passes, every damage is named, and repair brings back the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import SETTINGS, make_model, tree
+
+from fastcon import verify as verification
+from fastcon.errors import FastconError
+from fastcon.store import Store, _digest
+from fastcon.verify import verify
+
+
+@pytest.fixture
+def copy(store_path, tmp_path) -> Path:
+    return Path(shutil.copytree(store_path, tmp_path / "store"))
+
+
+def failed(checks):
+    return {check.what: check.seen for check in checks if not check.passed}
+
+
+def test_a_whole_store_passes(store_path):
+    checks = verify(str(store_path), None, 60, SETTINGS)
+    assert not failed(checks)
+    assert [check.what for check in checks] == [
+        "images", "views", "pixels", "general: chunks", "general: rows", "letters: chunks", "letters: rows",
+    ]  # fmt: skip
+    assert "60 rows computed again" in checks[-1].seen
+
+
+def chunk_of(path: Path, view: int, chunk: int) -> Path:
+    return path / "teachers" / "letters" / "logits" / "c" / str(view) / str(chunk) / "0"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "flipped"])
+def test_damage_is_named_and_repaired(copy, store_path, damage):
+    file = chunk_of(copy, 1, 2)
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        data[5] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: 0 if damage == "empty" else -9])
+    seen = failed(verify(str(copy), None, 8, SETTINGS))
+    assert list(seen) == ["letters: chunks"]
+    assert "view 1, chunk 2 (rows 128 to 149)" in seen["letters: chunks"]
+    assert not failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert tree(copy) == tree(store_path)
+
+
+def test_rows_of_other_images_are_found(copy):
+    """A permuted order with a matching digest, as a buggy writer would leave it: only recomputing can tell."""
+    group = zarr.open_group(str(copy))
+    order = np.roll(group["order"][0], 1)
+    group["order"][0] = order
+    record = dict(group.attrs["fastcon"])
+    record["view_digests"][0] = _digest(order, group["boxes"][0], group["flips"][0])
+    group.attrs["fastcon"] = record
+    seen = failed(verify(str(copy), None, 100, SETTINGS))
+    assert "not what the recipe makes" in seen["views"]
+    assert "KL" in seen["general: rows"]
+    assert "KL" in seen["letters: rows"]
+
+
+def test_logits_of_another_teacher_are_found(copy, teachers):
+    group = zarr.open_group(str(copy))
+    logits = group["teachers/letters/logits"]
+    rows = logits[0][:, ::-1].copy()
+    store = Store(copy)
+    from fastcon.store import checksum
+
+    logits[0] = rows
+    for chunk in range(store.chunks):
+        a, b = store.chunk_range(chunk)
+        group["teachers/letters/checksums"][0, chunk] = checksum(rows[a:b])
+    assert list(failed(verify(str(copy), None, 100, SETTINGS))) == ["letters: rows"]
+
+
+def test_an_unfinished_store_is_said(copy):
+    zarr.open_group(str(copy))["teachers/letters/checksums"][1, 0] = -1
+    assert failed(verify(str(copy), None, 0, SETTINGS)) == {
+        "letters: chunks": "5 of 6 chunks whole, 1 not computed yet"
+    }
+
+
+def test_a_teacher_that_is_gone_or_changed_is_said(copy, tmp_path):
+    meta = json.loads((copy / "zarr.json").read_text())
+    other = make_model(tmp_path / "other.safetensors", ["a", "b", "c"], seed=77, size=40)
+    for spec, message in ((str(other), "put the former back"), ("gone.safetensors", "no such weights file")):
+        meta["attributes"]["fastcon"]["teachers"]["letters"]["spec"] = spec
+        (copy / "zarr.json").write_text(json.dumps(meta))
+        assert message in failed(verify(str(copy), None, 8, SETTINGS))["letters: rows"]
+
+
+def test_pixels_that_decode_otherwise_are_said(store_path, monkeypatch):
+    from fastcon import precompute
+
+    real = precompute.decode_samples
+    monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, ::-1])
+    assert "decode differently" in failed(verify(str(store_path), None, 0, SETTINGS))["pixels"]
+    monkeypatch.undo()
+    checks = verify(str(store_path), None, 0, replace(SETTINGS, loader="torchvision"))
+    assert "of 255 on average" in next(check.seen for check in checks if check.what == "pixels")
+
+
+def test_other_images_are_refused(store_path, labelled_folder):
+    with pytest.raises(FastconError, match="the store was made from 150 images"):
+        verify(str(store_path), [str(labelled_folder)], 8, SETTINGS)
+
+
+def test_the_comparison_by_value():
+    import torch
+
+    a = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    p = torch.tensor([1 / (1 + np.e), np.e / (1 + np.e)])
+    kl, same = verification._compare(a, a.flip(1), "softmax")
+    assert kl == pytest.approx(float((p * (p / p.flip(0)).log()).sum()))
+    assert same == 0
+    assert verification._compare(a, a, "softmax") == (0, 1)
+    kl, same = verification._compare(torch.tensor([[2.0, -2.0]]), torch.tensor([[2.0, 2.0]]), "sigmoid")
+    assert kl == pytest.approx(float((p * (p / p.flip(0)).log()).sum()) / 2)
+    assert same == 0.5
