@@ -34,33 +34,110 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
         say(f"\n== {title}\n$ fastcon {' '.join(args)}")
         return command(list(args))
 
-    call("a generalist, trained from scratch on 36 classes of all domains", "teach", "--train", data["broad"],
-         "--holdout", "0.2", "--split", "none", "--init", f"torchvision:resnet18?size={SIZE}", "--lr-grid", "0.02",
-         "--epochs", "14", "--scale", "0.35", "1", "--out", generalist)
-    call("a teacher: the generalist fine-tuned on the t-split of the glyphs", "teach", "--train", data["glyphs"],
-         "--holdout", "0.5", "--split", "t", "--init", generalist, "--lr-grid", "0.01", "--epochs", "20",
-         "--scale", "0.35", "1", "--out", teacher)
-    stored = call("every teacher once over two views of every proxy image", "precompute", data["proxy"], "--store", store,
-                  "--views", "2", "--size", str(SIZE), "--scale", "0.2", "1", "--generalist", f"broad={generalist}",
-                  "--teacher", f"glyphs={teacher}")
+    call(
+        "a generalist, trained from scratch on 36 classes of all domains",
+        "teach",
+        "--train",
+        data["broad"],
+        "--holdout",
+        "0.2",
+        "--split",
+        "none",
+        "--init",
+        f"torchvision:resnet18?size={SIZE}",
+        "--lr-grid",
+        "0.02",
+        "--epochs",
+        "14",
+        "--scale",
+        "0.35",
+        "1",
+        "--out",
+        generalist,
+    )
+    call(
+        "a teacher: the generalist fine-tuned on the t-split of the glyphs",
+        "teach",
+        "--train",
+        data["glyphs"],
+        "--holdout",
+        "0.5",
+        "--split",
+        "t",
+        "--init",
+        generalist,
+        "--lr-grid",
+        "0.01",
+        "--epochs",
+        "20",
+        "--scale",
+        "0.35",
+        "1",
+        "--out",
+        teacher,
+    )
+    stored = call(
+        "every teacher once over two views of every proxy image",
+        "precompute",
+        data["proxy"],
+        "--store",
+        store,
+        "--views",
+        "2",
+        "--size",
+        str(SIZE),
+        "--scale",
+        "0.2",
+        "1",
+        "--generalist",
+        f"broad={generalist}",
+        "--teacher",
+        f"glyphs={teacher}",
+    )
     call("is the store whole and true?", "verify", store)
     methods = ("traditional", "soft-label", "consolidate")
     trained = [
-        call(f"a student: {method}", "train", "--store", store, "--method", method, "--epochs", "5", "--lr-backbone",
-             "0.01", "--lr-heads", "0.05", "--out", str(root / method))
+        call(
+            f"a student: {method}",
+            "train",
+            "--store",
+            store,
+            "--method",
+            method,
+            "--epochs",
+            "5",
+            "--lr-backbone",
+            "0.01",
+            "--lr-heads",
+            "0.05",
+            "--out",
+            str(root / method),
+        )
         for method in methods
     ]
     backbones = {"generalist": generalist, "teacher": teacher, **{method: str(root / method) for method in methods}}
     accuracy: dict[str, dict[str, float]] = {name: {} for name in backbones}
     for task in TASKS:
-        probe = call(f"5-shot probes on {task}, 10 draws of training images", "probe", *backbones.values(), "--train",
-                     data[task], "--holdout", "0.5", "--split", "d" if task == "glyphs" else "none", "--trials", "10")
+        probe = call(
+            f"5-shot probes on {task}, 10 draws of training images",
+            "probe",
+            *backbones.values(),
+            "--train",
+            data[task],
+            "--holdout",
+            "0.5",
+            "--split",
+            "d" if task == "glyphs" else "none",
+            "--trials",
+            "10",
+        )
         for name, row in zip(backbones, probe["results"], strict=True):
             accuracy[name][task] = row["accuracy"]
     _contact_sheet(root / "samples.png")
     _figure(accuracy, root / "figure.png")
     result = {
-        "accuracy": accuracy, "seconds": time.monotonic() - started,
+        "accuracy": accuracy,
+        "seconds": time.monotonic() - started,
         "precompute_rows_per_second": _rate(stored, "rows_computed"),
         "train_images_per_second": _rate(trained[-1], "step", 32),
     }
@@ -68,10 +145,14 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
     write_atomically(root / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     say(f"\n== 5-shot accuracy in percent: whose frozen features transfer?\n\n{table(accuracy)}")
     say(_answer(accuracy))
-    say(f"\nprecompute {_speed(result['precompute_rows_per_second'])} rows/s, "
-        f"train {_speed(result['train_images_per_second'])} img/s, everything {result['seconds']:.0f} s")
-    say(f"table {root}/table.md · figure {root}/figure.png · images {root}/samples.png · store {store} · student "
-        f"{root}/consolidate/student.safetensors")
+    say(
+        f"\nprecompute {_speed(result['precompute_rows_per_second'])} rows/s, "
+        f"train {_speed(result['train_images_per_second'])} img/s, everything {result['seconds']:.0f} s"
+    )
+    say(
+        f"table {root}/table.md · figure {root}/figure.png · images {root}/samples.png · store {store} · student "
+        f"{root}/consolidate/student.safetensors"
+    )
     return result
 
 
@@ -108,7 +189,7 @@ def _render(root: Path) -> None:
     for domain in render.DOMAINS:
         render.write_classes(root / "broad", domain, range(100, 112), 60)
     for domain in render.DOMAINS:
-        render.write_classes(root / domain, domain, range(24), 50)
+        render.write_classes(root / domain, domain, range(24), 100 if domain == "glyphs" else 50)
     render.write_digits(root / "digits")
     render.write_proxy(root / "proxy", 3000)
     (root / "done").touch()
@@ -147,7 +228,9 @@ def _figure(accuracy: dict[str, dict[str, float]], path: Path) -> None:
         gain = [100 * (accuracy[name][task] - accuracy["generalist"][task]) for name in names]
         colour = "#d55e00" if kind == "related" else "#0072b2"
         fill = colour if kind == "related" else "none"
-        axes.plot(gain, range(len(names)), marks[task], ms=9, mec=colour, mfc=fill, mew=1.6, ls="", label=f"{task} ({kind})")
+        axes.plot(
+            gain, range(len(names)), marks[task], ms=9, mec=colour, mfc=fill, mew=1.6, ls="", label=f"{task} ({kind})"
+        )
     axes.axvline(0, color="0.6", lw=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -21,6 +21,7 @@ from fastcon import models, objective, pipeline, views
 from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import Segments
 from fastcon.manifest import Manifest, index
+from fastcon.models import Head
 from fastcon.pipeline import Request
 from fastcon.precompute import Settings, check_pixels
 from fastcon.store import Store, View
@@ -140,10 +141,14 @@ class Loader:
         )
         self._settings = Settings(batch_size, self.device, loader=loader, threads=threads)
         self.warning = check_pixels(self.store, self.manifest, self._settings, exact_pixels)
-        self._widths = [len(self.store.teachers[name]["classes"]) for name in self.names]
+        records = {name: self.store.teachers[name] for name in self.names}
+        self.heads = [Head(name, tuple(record["classes"]), record["kind"]) for name, record in records.items()]
+        """The teachers as heads of a student: an argument of `Classifier.replace_heads`."""
+        self._widths = [len(head.classes) for head in self.heads]
         weights = objective.head_weights(self.names, self.store.generalist)
-        kinds = [self.store.teachers[name]["kind"] for name in self.names]
-        self.segments: Segments = objective.segments(self._widths, weights, temperature, kinds)
+        self.segments: Segments = objective.segments(
+            self._widths, weights, temperature, [head.kind for head in self.heads]
+        )
         """The segment table of `Batch.stacked` with the paper's weights: an argument of `fastcon.loss`."""
 
     def __len__(self) -> int:

@@ -184,7 +184,9 @@ def _dali(
             images = fn.slice(images, box[:2], box[2:], axes=[0, 1])
         else:
             images = fn.decoders.image_slice(jpegs, box[:2], box[2:], axes=[0, 1], device="cpu", **common)
-        resized: list[Any] = [fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes]
+        resized: list[Any] = [
+            fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes
+        ]
         return tuple(fn.flip(image, horizontal=flip) for image in resized)
 
     pipe = graph()

@@ -19,7 +19,9 @@ Random = np.random.Generator
 
 def glyph(prototype: Random, instance: Random) -> Image.Image:
     """Pen strokes through a few random points."""
-    strokes = [prototype.uniform(-0.8, 0.8, (int(prototype.integers(2, 5)), 2)) for _ in range(int(prototype.integers(2, 4)))]
+    strokes = [
+        prototype.uniform(-0.8, 0.8, (int(prototype.integers(2, 5)), 2)) for _ in range(int(prototype.integers(2, 4)))
+    ]
     image, pen = _ground(instance)
     width = instance.uniform(3, 6)
     for points in strokes:

@@ -93,7 +93,11 @@ def _stat_lines(source: str) -> Iterator[str]:
     for path in _expand(source):
         if path.is_dir():
             for name, entry in _walk(path):
-                status = entry.stat() if not entry.is_symlink() or os.path.exists(entry.path) else entry.stat(follow_symlinks=False)
+                status = (
+                    entry.stat()
+                    if not entry.is_symlink() or os.path.exists(entry.path)
+                    else entry.stat(follow_symlinks=False)
+                )
                 yield f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
         else:
             status = path.stat()

@@ -200,7 +200,7 @@ def build_student(
             "the store has no generalist to start from: give --student MODEL (the paper found that a student "
             "that does not start from a generalist loses most of what makes it general)"
         )
-    heads = [Head(name, tuple(store.teachers[name]["classes"]), store.teachers[name]["kind"]) for name in names]
+    heads = list(loader.heads)
     if options.labels:
         if LABELS_HEAD in store.teachers or not (loader.manifest.labels >= 0).all():
             raise FastconError(

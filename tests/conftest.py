@@ -66,15 +66,23 @@ def make_model(path: Path, classes: list[str], seed: int, size: int = 32) -> Pat
     """A small network with random weights and lively batch statistics, written as fastcon writes weights."""
     torch.manual_seed(seed)
     model = models.load(f"{ARCHITECTURE}?size={size}", classes=classes).train()
-    for _ in range(3):
-        model(torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain average, so that few batches settle it
+    with torch.no_grad():
+        for _ in range(4):
+            blobs = torch.nn.functional.interpolate(torch.rand(32, 3, 5, 5), (size, size), mode="bilinear")
+            model((blobs * 255).to(torch.uint8))
+        model.head_module.layer.weight.mul_(5)
     path.write_bytes(model.eval().export("head"))
     return path
 
 
 @pytest.fixture(scope="session")
 def generalist_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "generalist.safetensors", [f"thing {i}" for i in range(10)], 1)
+    return make_model(
+        tmp_path_factory.mktemp("models") / "generalist.safetensors", [f"thing {i}" for i in range(10)], 1
+    )
 
 
 @pytest.fixture(scope="session")

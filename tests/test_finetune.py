@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from conftest import rng
 from PIL import Image
 
@@ -26,7 +25,9 @@ SETTINGS = Settings(batch_size=40)
 def parts(tmp_path_factory):
     """Six classes told apart by colour: learnt in a few steps."""
     root = tmp_path_factory.mktemp("colours")
-    for k, colour in enumerate([(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (200, 60, 200), (60, 200, 200)]):
+    for k, colour in enumerate(
+        [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (200, 60, 200), (60, 200, 200)]
+    ):
         for i in range(14):
             noise = rng(100 * k + i).normal(0, 25, (40, 48, 3))
             folder = root / f"colour-{k}"

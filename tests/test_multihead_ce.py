@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
+from torch import Tensor
 
 IMPLEMENTATIONS = ["torch", "triton"]
 LAYOUTS = {
@@ -149,7 +148,11 @@ def test_a_scaled_float16_gradient_does_not_underflow():
 
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
-    [((3, 10), (3, 9), "segment table ends at column 10"), ((3, 10), (4, 10), "of equal B"), ((3,), (3,), "of equal B")],
+    [
+        ((3, 10), (3, 9), "segment table ends at column 10"),
+        ((3, 10), (4, 10), "of equal B"),
+        ((3,), (3,), "of equal B"),
+    ],
 )
 def test_shapes_that_do_not_fit(student, teacher, message):
     with pytest.raises(ValueError, match=message):

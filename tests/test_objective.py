@@ -54,9 +54,7 @@ def test_the_loss_by_hand():
 
 def test_side_by_side_equals_by_name():
     torch.manual_seed(0)
-    student, teacher = (
-        {name: torch.randn(5, width) for name, width in (("g", 7), ("a", 3))} for _ in range(2)
-    )
+    student, teacher = ({name: torch.randn(5, width) for name, width in (("g", 7), ("a", 3))} for _ in range(2))
     table = objective.segments([7, 3], [1.0, 0.5], 2.0)
     named = fastcon.loss(student, teacher, {"g": 1.0, "a": 0.5})
     stacked = fastcon.loss(torch.cat(list(student.values()), 1), torch.cat(list(teacher.values()), 1), table)

@@ -20,7 +20,9 @@ def requests_of(manifest, batch, view=0):
     boxes = views.boxes(0, manifest.ids, view, manifest.widths, manifest.heights)
     flips = views.flips(0, manifest.ids, view)
     order = np.arange(len(manifest))
-    return [Request(order[a : a + batch], boxes[a : a + batch], flips[a : a + batch]) for a in range(0, len(order), batch)]
+    return [
+        Request(order[a : a + batch], boxes[a : a + batch], flips[a : a + batch]) for a in range(0, len(order), batch)
+    ]
 
 
 def pixels_of(manifest, batch, sizes, **options):
@@ -48,7 +50,10 @@ def test_dali_equals_torchvision_on_photos(shared_data):
 
 @pytest.mark.parametrize("loader", pipeline.LOADERS)
 def test_pixels_do_not_depend_on_the_batch(proxy, loader):
-    whole, single = pixels_of(proxy, 150, [32], loader=loader)[32], pixels_of(proxy, 7, [32], loader=loader, threads=1)[32]
+    whole, single = (
+        pixels_of(proxy, 150, [32], loader=loader)[32],
+        pixels_of(proxy, 7, [32], loader=loader, threads=1)[32],
+    )
     assert torch.equal(whole, single)
 
 

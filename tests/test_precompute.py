@@ -26,13 +26,12 @@ def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
     for teacher in teachers:
         size = teacher.model.size
         request = [Request(view.order[64:128], view.boxes[64:128], view.flips[64:128])]
-        [pixels] = pipeline.decode(proxy, request, [size], batch_size=64, loader="torchvision")
+        [pixels] = pipeline.decode(proxy, request, [size], batch_size=64)
         with torch.no_grad():
             expected = teacher.model(pixels[size])
         stored = torch.from_numpy(store.logits(teacher.name, 1, 1)).float()
-        # torchvision's pixels are within half a grey level of DALI's, the rest is float16
-        assert (stored - expected).abs().mean() < 0.02 * expected.std()
-        assert (stored.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+        torch.testing.assert_close(stored, expected, rtol=2e-3, atol=2e-3)  # float16
+        assert expected.std(0).min() > 0.3  # the rows differ, so a wrong order would show
 
 
 def test_the_student_sees_the_pixels_the_teacher_saw(tmp_path, proxy, teachers, monkeypatch):
@@ -112,7 +111,9 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, store_path, pro
     path = shutil.copytree(store_path, tmp_path / "s")
     other = make_model(tmp_path / "m.safetensors", ["a", "b", "c"], seed=9, size=40)
     changed = Teacher("letters", str(other), models.load(other))
-    with pytest.raises(FastconError, match=r"teacher 'letters' is in .* with weights \w{12}…, the one given has \w{12}…"):
+    with pytest.raises(
+        FastconError, match=r"teacher 'letters' is in .* with weights \w{12}…, the one given has \w{12}…"
+    ):
         precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, SETTINGS)
 
 
@@ -134,7 +135,9 @@ def test_logits_that_are_no_numbers_are_named_and_not_stored(tmp_path, proxy, te
     model = models.load(teachers[1].spec)
     with torch.no_grad():
         model.head_module.layer.bias[1] = value
-    with pytest.raises(FastconError, match=r"teacher 'bad' gives NaN, infinite or float16-overflowing .*image '0\d+\.jpg'"):
+    with pytest.raises(
+        FastconError, match=r"teacher 'bad' gives NaN, infinite or float16-overflowing .*image '0\d+\.jpg'"
+    ):
         precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("bad", "x", model)], RECIPE, 1, SETTINGS)
     assert not Store(tmp_path / "s").done("bad").any()
 
@@ -151,7 +154,7 @@ def test_a_full_disk_is_said_and_survived(tmp_path, proxy, teachers, store_path,
         real(self, *args)
 
     monkeypatch.setattr(stores.StoreWriter, "write", full)
-    with pytest.raises(FastconError, match="No space left on device.: free space, then run the same command again"):
+    with pytest.raises(FastconError, match=r"No space left on device.: free space, then run the same command again"):
         precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
     monkeypatch.undo()
     precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)

@@ -112,7 +112,10 @@ def test_per_class_accuracy(data):
 
 BAD = {
     "one class": (lambda d: (d[0][:12], d[1][:12], d[2], d[3]), "one class only"),
-    "nan": (lambda d: (np.where(np.arange(24) == 3, np.nan, d[0]), d[1], d[2], d[3]), "NaN or infinity, first in row 0"),
+    "nan": (
+        lambda d: (np.where(np.arange(24) == 3, np.nan, d[0]), d[1], d[2], d[3]),
+        "NaN or infinity, first in row 0",
+    ),
     "empty": (lambda d: (d[0][:0], d[1][:0], d[2], d[3]), "n > 0"),
     "widths": (lambda d: (d[0][:, :20], d[1], d[2], d[3]), "have 20 columns, test features 24"),
     "counts": (lambda d: (d[0], d[1][:5], d[2], d[3]), "n labels"),

@@ -98,4 +98,4 @@ def test_what_a_command_cannot_use_is_said(labelled_folder, proxy_folder):
         splits.labelled([str(proxy_folder)], None, 0.5, "none", 0)
 
 
-KNOWN_T = ['class 3', 'class 5', 'class 6', 'class 7', 'class 10']
+KNOWN_T = ["class 3", "class 5", "class 6", "class 7", "class 10"]

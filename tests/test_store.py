@@ -50,7 +50,9 @@ def chunk_file(store: Path, view: int = 1, chunk: int = 1) -> Path:
 
 def test_a_missing_chunk_is_an_error_and_never_zeros(copy):
     chunk_file(copy).unlink()
-    with pytest.raises(FastconError, match=r"teacher 'letters', view 1, chunk 1 \(rows 64 to 127\) is missing .* --repair"):
+    with pytest.raises(
+        FastconError, match=r"teacher 'letters', view 1, chunk 1 \(rows 64 to 127\) is missing .* --repair"
+    ):
         Store(copy).logits("letters", 1, 1)
 
 
@@ -99,14 +101,15 @@ def test_what_is_no_store_is_refused(tmp_path, kind):
     elif kind == "run":
         path.mkdir()
         (path / "config.json").write_text("{}")
-    with pytest.raises(FastconError, match="no fastcon store|no finished fastcon store"):
+    with pytest.raises(FastconError, match=r"no fastcon store|no finished fastcon store"):
         Store(path)
 
 
 def test_a_folder_with_other_files_is_not_written_into(tmp_path, proxy):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(FastconError, match=r"holds other files \(thesis.tex"), open_for_writing(
-        tmp_path, proxy, RECIPE, 1, {}
+    with (
+        pytest.raises(FastconError, match=r"holds other files \(thesis.tex"),
+        open_for_writing(tmp_path, proxy, RECIPE, 1, {}),
     ):
         pass
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == ["thesis.tex"]
@@ -135,8 +138,9 @@ def test_growing_equals_having_asked_for_more_at_once(tmp_path, proxy):
 def test_another_recipe_is_refused(copy, proxy):
     from dataclasses import replace
 
-    with pytest.raises(FastconError, match="was made with seed 3, this call says 4"), open_for_writing(
-        copy, proxy, replace(RECIPE, seed=4), 2, {}
+    with (
+        pytest.raises(FastconError, match="was made with seed 3, this call says 4"),
+        open_for_writing(copy, proxy, replace(RECIPE, seed=4), 2, {}),
     ):
         pass
 
@@ -168,8 +172,9 @@ def test_a_second_writer_is_refused_and_told_who_holds_it(copy, proxy_folder):
     ) as other:
         assert other.stdout.readline() == b"held\n"
         images = index([proxy_folder])
-        with pytest.raises(FastconError, match=f"being written by process {other.pid} on "), open_for_writing(
-            copy, images, RECIPE, 2, {}
+        with (
+            pytest.raises(FastconError, match=f"being written by process {other.pid} on "),
+            open_for_writing(copy, images, RECIPE, 2, {}),
         ):
             pass
         other.kill()

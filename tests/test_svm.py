@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import rng
-from sklearn.svm import LinearSVC
-
 from fastcon.kernels import svm
+from sklearn.svm import LinearSVC
 
 
 def problem(classes=8, shots=5, width=64, seed=0, spread=0.6):

@@ -95,7 +95,9 @@ def test_box_statistics_match_torchvision():
     torch.manual_seed(0)
     image = torch.empty(1, 375, 500)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
-    ours = views.boxes(0, np.arange(4000, dtype=np.uint64), 0, np.full(4000, 500, np.int32), np.full(4000, 375, np.int32))
+    ours = views.boxes(
+        0, np.arange(4000, dtype=np.uint64), 0, np.full(4000, 500, np.int32), np.full(4000, 375, np.int32)
+    )
     standard_error = theirs.std(0) / 4000**0.5
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < 5 * standard_error).all()
 

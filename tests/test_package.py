@@ -1,0 +1,109 @@
+"""The package: what a wheel, an sdist and an editable install hold, and that the parts keep their borders."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastcon
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted([*(ROOT / "fastcon").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [
+        ("click", {"cli"}),
+        ("zarr", {"store"}),
+        ("nvidia", {"pipeline"}),
+        ("triton", {"multihead_ce_triton"}),
+        ("sklearn", {"probe", "render"}),
+        ("tarfile", {"sources"}),
+    ],
+)
+def test_only_one_module_knows_a_library(library, home):
+    assert {path.stem for path in MODULES if library in imported(path)} == home
+
+
+def test_kernels_import_nothing_from_fastcon():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for line in path.read_text().splitlines():
+            match = re.match(r"\s*(?:from|import) (fastcon[\w.]*)", line)
+            assert match is None or match[1].startswith("fastcon.kernels"), f"{path.name}: {line}"
+
+
+def test_public_names():
+    assert [name for name in fastcon.__all__ if getattr(fastcon, name) is None] == []
+    assert callable(fastcon.loss)
+    assert callable(fastcon.load)
+    with pytest.raises(AttributeError):
+        fastcon.nothing  # noqa: B018
+
+
+def test_the_readmes_tree_names_every_file():
+    tree = (ROOT / "README.md").read_text()
+    for path in [*MODULES, *(ROOT / "bin").iterdir()]:
+        assert path.name in ("__init__.py", "__main__.py") or path.name in tree, path
+
+
+def test_the_lock_pins_what_setup_cfg_asks_for():
+    from packaging.markers import Marker
+    from packaging.requirements import Requirement
+
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    wanted = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
+    locked = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.fullmatch(r'[A-Za-z0-9._-]+==[\w.+!]+( ; python_version (==|>=|<) "3\.1\d")?', line), line
+            name, _, rest = line.partition("==")
+            version, _, marker = rest.partition(" ; ")
+            if not marker or Marker(marker).evaluate():
+                locked[name.lower().replace("_", "-")] = version
+    for line in filter(None, (line.strip() for line in wanted.splitlines())):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(locked[requirement.name.lower()]), line
+
+
+def test_wheel_and_sdist_hold_the_kernels(tmp_path):
+    if importlib.util.find_spec("build") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("the dev extra (build, setuptools) is not installed")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"fastcon/kernels/svm.py", "fastcon/kernels/multihead_ce.py", "fastcon/py.typed", "fastcon/cli.py"} <= names
+    assert not any(name.startswith(("kernels/", "tests/")) for name in names)
+    with tarfile.open(sdist) as tar:
+        inside = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    assert {"kernels/svm.py", "setup.cfg", "LICENSE", "fastcon/py.typed"} <= inside
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    script = "import fastcon.kernels.svm as m, fastcon; print(m.__file__)"
+    out = subprocess.run([sys.executable, "-c", script], cwd=site, check=True, capture_output=True, text=True).stdout
+    assert out.strip() == str(site / "fastcon" / "kernels" / "svm.py")

@@ -1,0 +1,56 @@
+"""The folder of a run, its metrics, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastcon import checkpoint, info
+from fastcon.errors import FastconError, optional_import
+from fastcon.run import Metrics, Run
+
+
+def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
+    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)})
+    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)})
+    with pytest.raises(FastconError, match="epochs was 3, this call says 4"):
+        Run(tmp_path / "run", {"command": "train", "epochs": 4, "grid": (1.0, 2.0)})
+
+
+def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics.write({"step": 1})
+    position = metrics.position
+    metrics.write({"step": 2})
+    metrics.close()
+    again = Metrics(tmp_path / "m.jsonl", position)
+    again.write({"step": 2, "again": True})
+    again.close()
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1}, {"step": 2, "again": True}]
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    checkpoint.write_atomically(path, b"old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(FastconError, match=r"cannot be written .No space left on device.: free space"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_info_says_when_a_run_is_unfinished(tmp_path):
+    Run(tmp_path / "run", {"command": "train", "method": "consolidate"})
+    facts, text = info.describe(str(tmp_path / "run"))
+    assert not facts["finished"]
+    assert "not finished: run its command again" in text
+
+
+def test_a_missing_dependency_names_its_extra():
+    with pytest.raises(FastconError, match=r"no_such_module is not installed .* pip install 'fastcon\[timm\]'"):
+        optional_import("no_such_module", "timm")
