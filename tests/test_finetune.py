@@ -48,7 +48,7 @@ def test_it_learns(taught, parts):
     rows = [json.loads(line) for line in (out / "metrics-final.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(8))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert [row["lr"] for row in rows] == pytest.approx([0.02] * 5 + [0.002] * 2 + [0.0002])
+    assert [row["lr"] for row in rows] == pytest.approx([0.02] * 4 + [0.002] * 2 + [0.0002] * 2)
 
 
 def test_the_teacher_is_a_model(taught, parts):
