@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,26 @@ class _Pair(click.ParamType):
         return name, model
 
 
+_precision = _option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="What the network computes in; heads are always float32.",
+)
 _machine = _options(
     _option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one."),
-    _option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        help="What the network computes in; heads are always float32.",
-    ),
     _option("--loader", type=click.Choice(["dali", "torchvision"]), default="dali", help="Who decodes."),
     _option("--threads", type=click.IntRange(1), default=None, help="Decoding threads (default: one a core)."),
 )
+
+
+def _writable(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Refuse a place for the result before hours of work rather than after."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise click.BadParameter(f"{path}: there is no folder {Path(path).absolute().parent}")
+    return path
+
+
 _common = _options(
     _option(
         "--config",
@@ -99,7 +108,14 @@ _common = _options(
         callback=_from_file,
         help="TOML file with any of these options; flags win.",
     ),
-    _option("--json", "json_file", type=click.Path(), default=None, help="Also write the result to this file."),
+    _option(
+        "--json",
+        "json_file",
+        type=click.Path(dir_okay=False),
+        default=None,
+        callback=_writable,
+        help="Also write the result to this file.",
+    ),
 )
 _indexing = _options(
     _option("--trust-images", is_flag=True, help="Read headers only, do not decode every image once."),
@@ -155,6 +171,7 @@ def main() -> None:
 @_option("--logits", type=click.Choice(["float16", "float32"]), default="float16", help="Stored type.")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
+@_precision
 @_indexing
 @_dry_run
 @_common
@@ -206,7 +223,7 @@ def precompute(
     manifest = _index(images, trust_images, strict)
     rows = len(manifest) * views
     _note(f"{len(manifest):,} images x {views} views = {rows:,} rows; {_classes(loaded)}")
-    if generalist is None:
+    if generalist is None and not _has_generalist(store):
         _note(
             "no generalist: the paper found (Table 4) that students without one lose on unrelated tasks what they gain "
             "on the related; --generalist can be added to this store later"
@@ -236,7 +253,7 @@ def precompute(
         "views": whole.views,
         "rows_computed": done,
         "seconds": bar.seconds,
-        "rejected": len(manifest.rejects),
+        "rejects": manifest.rejects,
     }
     text = f"{done:,} rows computed in {_seconds(bar.seconds)}" if done else "every row is there: nothing to do"
     _finish(result, json_file, f"{store}: {text}; {_bytes(_size_of(store))} on disk")
@@ -273,6 +290,8 @@ def precompute(
 @_option("--checkpoint-minutes", type=click.FloatRange(0), default=5.0, help="Time between checkpoints.")
 @_option("--tensorboard", is_flag=True, help="Write TensorBoard events too (extra).")
 @_machine
+@_indexing
+@_precision
 @_dry_run
 @_common
 def train(
@@ -302,6 +321,8 @@ def train(
     precision: str,
     loader: str,
     threads: int | None,
+    trust_images: bool,
+    strict: bool,
     dry_run: bool,
     json_file: str | None,
 ) -> None:
@@ -313,6 +334,7 @@ def train(
     """
     from fastcon import objective
     from fastcon import train as stage
+    from fastcon.loader import Schedule
     from fastcon.store import Store
 
     options = stage.Options(
@@ -335,26 +357,35 @@ def train(
     machine = stage.Machine(
         device, loader, threads, compile_, exact_pixels, log_every, checkpoint_minutes * 60, tensorboard
     )
+    opened = Store(store)
     if dry_run:
-        opened = Store(store)
         names = objective.choose_heads(method, list(opened.teachers), opened.generalist, options.heads)
         lambdas = dict(zip(names, objective.head_weights(names, opened.generalist, options.balance), strict=True))
-        steps = opened.rows // batch_size * epochs
+        schedule = Schedule(opened.rows, opened.views, opened.recipe.chunk_rows, batch_size, lanes or 1, seed)
+        width = sum(opened.logit_bytes(name) for name in names)
+        cost: dict[str, Any] = {
+            "steps": schedule.steps * epochs,
+            "images_left_out": schedule.left_out,
+            "logit_bytes_read": schedule.steps * epochs * batch_size * width,
+            "weights": lambdas,
+        }
+        heads_line = ", ".join(f"{name} (weight {value:.3g})" for name, value in lambdas.items())
         _finish(
-            {"steps": steps, "weights": lambdas},
+            cost,
             json_file,
-            f"would train {steps:,} steps of {batch_size} on "
-            + ", ".join(f"{n} (weight {w:.3g})" for n, w in lambdas.items()),
+            f"would train {cost['steps']:,} steps of {batch_size}, reading {_bytes(cost['logit_bytes_read'])} of logits: "
+            f"{heads_line}",
         )
         return
+    manifest = _index(images or opened.record["images"]["sources"], trust_images, strict)
     bar = _Bar("train", "steps")
-    row = stage.train(store, out, options, machine, list(images) or None, say=_note, progress=bar)
+    row = stage.train(store, out, options, machine, manifest, say=_note, progress=bar)
     bar.close()
-    if row:
-        heads_line = "; ".join(
-            f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in head.items()) for name, head in row["heads"].items()
-        )
-        _finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads_line})")
+    heads_line = "; ".join(
+        f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in head.items())
+        for name, head in row["heads"].items()
+    )
+    _finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads_line})")
 
 
 @main.command()
@@ -375,6 +406,7 @@ def train(
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_option("--seed", **_SEED, help="Seed of draws and folds: the same for every backbone.")
 @_machine
+@_precision
 @_indexing
 @_common
 def probe(
@@ -408,7 +440,7 @@ def probe(
     fastcon probe runs/student runs/birds --train birds/ --holdout 0.5 --split d
     fastcon probe torchvision:resnet50@IMAGENET1K_V2 --train flowers/train --test flowers/test --trials 20
     """
-    from fastcon import models, splits
+    from fastcon import models
     from fastcon import probe as stage
     from fastcon.features import features
     from fastcon.precompute import Settings
@@ -416,9 +448,7 @@ def probe(
     grid = _floats(c_grid, "--c-grid")
     chosen = models.choose_device(device)
     settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
-    train_set, test_set = splits.labelled(
-        train_images, test_images or None, holdout, split, split_seed, trust=trust_images, strict=strict
-    )
+    train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
     loaded = [models.load(spec) for spec in backbones]
     side = size or _common_size(backbones, [model.size for model in loaded])
     _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images, {side} px")
@@ -426,7 +456,9 @@ def probe(
     for spec, model in zip(backbones, loaded, strict=True):
         model.on(settings.device)
         arrays = [
-            _scaled(features(model, part.manifest, settings, side)[part.indices], scale_features)
+            _scaled(
+                features(model, part.manifest, settings, side, _Bar("features", "images"))[part.indices], scale_features
+            )
             for part in (train_set, test_set)
         ]
         bar = _Bar(f"probe {spec}", "trials")
@@ -442,6 +474,7 @@ def probe(
             solver=solver,
             seed=seed,
             ids=train_set.ids,
+            classes=len(train_set.classes),
             progress=bar,
         )
         bar.close()
@@ -454,7 +487,10 @@ def probe(
                 "accuracies": result.accuracies,
                 "chosen_c": result.chosen_c,
                 "seconds": bar.seconds,
-                "per_class": dict(zip(train_set.classes, result.per_class, strict=True)),
+                "per_class": {
+                    name: None if value != value else value  # NaN, for a class without test images, is no JSON
+                    for name, value in zip(train_set.classes, result.per_class, strict=True)
+                },
             }
         )
         click.echo(
@@ -505,6 +541,7 @@ def probe(
 )
 @_option("--seed", **_SEED, help="Seed of views, order and the new head.")
 @_machine
+@_precision
 @_indexing
 @_common
 def teach(
@@ -536,15 +573,13 @@ def teach(
     fastcon teach --train birds/ --holdout 0.5 --split t --init torchvision:resnet50@IMAGENET1K_V2 --out runs/birds
     """
     from fastcon import finetune as stage
-    from fastcon import models, splits
+    from fastcon import models
     from fastcon.precompute import Settings
 
     grid = _floats(lr_grid, "--lr-grid")
     chosen = models.choose_device(device)
     settings = Settings(128, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
-    train_set, test_set = splits.labelled(
-        train_images, test_images or None, holdout, split, split_seed, trust=trust_images, strict=strict
-    )
+    train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
     _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images")
     options = stage.Options(
         head=head,
@@ -556,7 +591,14 @@ def teach(
         precision=precision,
     )
     bar = _Bar("teach", "steps")
-    result = stage.teach(init, train_set, test_set, out, options, settings, size, say=_note, progress=bar)
+    data = {
+        "train": list(train_images),
+        "test": list(test_images),
+        "holdout": holdout,
+        "split": split,
+        "split_seed": split_seed,
+    }
+    result = stage.teach(init, train_set, test_set, out, options, settings, size, data, say=_note, progress=bar)
     bar.close()
     _finish(
         {"out": out, "seconds": bar.seconds, **result},
@@ -580,6 +622,7 @@ def teach(
 @_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
+@_precision
 @_indexing
 @_common
 def evaluate(
@@ -605,18 +648,14 @@ def evaluate(
     fastcon evaluate runs/student --head birds --test birds/ --holdout 0.5 --split t
     """
     from fastcon import finetune, models, splits
-    from fastcon.manifest import index
     from fastcon.precompute import Settings
 
     chosen = models.choose_device(device)
     settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
     loaded = models.load(model)
-    loaded.size = size or loaded.size
-    if holdout is None:
-        manifest = index(test_images, trust=trust_images, strict=strict)
-        test = splits.of_classes(manifest, splits.split_classes(manifest.classes, split, split_seed))
-    else:
-        _, test = splits.labelled(test_images, None, holdout, split, split_seed, trust=trust_images, strict=strict)
+    loaded.set_size(size or loaded.size)
+    manifest = _index(test_images, trust_images, strict)
+    _, test = splits.labelled(manifest, manifest if holdout is None else None, holdout, split, split_seed)
     name = head or loaded.heads[0].name
     value = finetune.accuracy(loaded, name, test, settings)
     _finish(
@@ -632,6 +671,7 @@ def evaluate(
 @_option("--images", multiple=True, help="Where the images are now (default: where they were).")
 @_option("--repair", is_flag=True, help="Compute damaged chunks again.")
 @_machine
+@_indexing
 @_common
 def verify(
     store: str,
@@ -639,9 +679,10 @@ def verify(
     images: tuple[str, ...],
     repair: bool,
     device: str,
-    precision: str,
     loader: str,
     threads: int | None,
+    trust_images: bool,
+    strict: bool,
     json_file: str | None,
 ) -> None:
     """Check a STORE: checksums, digests and recipe in full, and a sample of rows computed again.
@@ -651,10 +692,12 @@ def verify(
     """
     from fastcon import models
     from fastcon.precompute import Settings
+    from fastcon.store import Store
     from fastcon.verify import verify as stage
 
     settings = Settings(128, models.choose_device(device), loader=loader, threads=threads)
-    checks = stage(store, list(images) or None, rows, settings, repair)
+    manifest = _index(images or Store(store).record["images"]["sources"], trust_images, strict)
+    checks = stage(store, manifest, rows, settings, repair)
     width = max(len(check.what) for check in checks)
     for check in checks:
         click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.what:{width}}  {check.seen}")
@@ -699,13 +742,33 @@ def demo(out: str, json_file: str | None) -> None:
 
         def command(args: list[str]) -> dict[str, Any]:
             result.unlink(missing_ok=True)
-            main.main([*args, "--json", str(result)], standalone_mode=False)
-            return json.loads(result.read_text()) if result.exists() else {}
+            code = main.main([*args, "--json", str(result)], standalone_mode=False)
+            if code:
+                raise SystemExit(code)  # its one line is printed already
+            return json.loads(result.read_text())
 
         _finish(run(out, command, click.echo), json_file)
 
 
-def _index(images: tuple[str, ...], trust: bool, strict: bool) -> Any:
+def _labelled(
+    train: tuple[str, ...],
+    test: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    trust: bool,
+    strict: bool,
+) -> Any:
+    from fastcon import splits
+
+    if bool(test) == (holdout is not None):
+        raise UsageError("give the test part either as --test IMAGES or as --holdout FRACTION of --train")
+    train_set = _index(train, trust, strict)
+    test_set = _index(test, trust, strict) if test else None
+    return splits.labelled(train_set, test_set, holdout, split, split_seed)
+
+
+def _index(images: Sequence[str], trust: bool, strict: bool) -> Any:
     from fastcon.manifest import index
 
     bar = _Bar("index", "images")
@@ -713,9 +776,7 @@ def _index(images: tuple[str, ...], trust: bool, strict: bool) -> Any:
     bar.close()
     if manifest.rejects:
         name, reason = manifest.rejects[0]
-        _note(
-            f"{len(manifest.rejects)} images left out, first {name!r}: {reason} (--json lists the count, --strict refuses)"
-        )
+        _note(f"{len(manifest.rejects)} images left out, first {name!r}: {reason} (--strict refuses them)")
     return manifest
 
 
@@ -785,6 +846,15 @@ def _scaled(features: Any, how: str) -> Any:
     if how == "none":
         return features
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _has_generalist(path: str) -> bool:
+    from fastcon.store import Store
+
+    try:
+        return Store(path).generalist is not None
+    except FastconError:
+        return False
 
 
 def _classes(teachers: list[Any]) -> str:

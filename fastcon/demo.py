@@ -135,7 +135,7 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
             accuracy[name][task] = row["accuracy"]
     _contact_sheet(root / "samples.png")
     _figure(accuracy, root / "figure.png")
-    result = {
+    result: dict[str, Any] = {
         "accuracy": accuracy,
         "seconds": time.monotonic() - started,
         "precompute_rows_per_second": _rate(stored, "rows_computed"),

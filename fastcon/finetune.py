@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from fastcon.pipeline import Request
 from fastcon.precompute import Settings
 from fastcon.run import Metrics, Run, stop_signals
 from fastcon.splits import Subset
-from fastcon.train import make_optimizer, set_rate
+from fastcon.train import make_optimizer, rng_state, set_rate, set_rng
 
 RESULT = RUN_WEIGHTS[1]
 VALIDATION = 0.1
@@ -47,6 +47,10 @@ class Options:
     precision: str = "auto"
 
 
+class Diverged(FastconError):
+    """A learning rate at which the loss turned NaN or infinite."""
+
+
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
@@ -59,28 +63,34 @@ def teach(
     options: Options,
     settings: Settings,
     size: int | None = None,
+    data: dict[str, Any] | None = None,
     say: Say = lambda line: None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fine-tune `init` on `train`, write the teacher into `out` and return its accuracy on `test`.
 
     With several learning rates each is tried on all but a tenth of every class, and the one that does best on that
-    tenth trains on everything. Rerunning resumes; a finished run only reports.
+    tenth trains on everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
+    reports.
     """
     precision = models.choose_precision(options.precision, settings.device, training=True)
     options = dataclasses.replace(options, precision=precision)
     identity = {
-        "train": [train.manifest.digest, len(train)],
-        "test": [test.manifest.digest, len(test)],
+        "train": train.digest,
+        "test": test.digest,
+        "train_images": len(train),
+        "test_images": len(test),
         "classes": list(train.classes),
         "size": size,
+        "data": data,
     }
     run = Run(out, {"command": "teach", "init": init, **identity, **dataclasses.asdict(options)})
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / "result.json").read_text())
     start = models.load(init, size=size)
-    start.size = size or start.size
+    start.set_size(size or start.size)
+    run.begin()
     rates = sorted(options.lr_grid)
     tried = {}
     total, counted = _total_steps(train, options), 0
@@ -94,10 +104,18 @@ def teach(
     if len(rates) > 1:
         kept, aside = splits.part(train, VALIDATION, options.seed)
         for rate in rates:
-            model = fit(start, kept, rate, options, settings, run, f"lr-{rate:g}", count)
+            try:
+                model = fit(start, kept, rate, options, settings, run, f"lr-{rate:g}", count)
+            except Diverged as error:
+                say(f"learning rate {rate:g} is out: {error}")
+                continue
             tried[f"{rate:g}"] = accuracy(model, options.head, aside, settings)
             say(f"learning rate {rate:g}: {tried[f'{rate:g}']:.1%} of the held-out tenth")
-        best = max(rates, key=lambda rate: (tried[f"{rate:g}"], -rate))
+        if not tried:
+            raise FastconError(
+                f"the loss turned NaN at every learning rate of {rates}: use another --out with lower ones"
+            )
+        best = max((rate for rate in rates if f"{rate:g}" in tried), key=lambda rate: (tried[f"{rate:g}"], -rate))
     else:
         best = rates[0]
     model = fit(start, train, best, options, settings, run, "final", count)
@@ -109,7 +127,7 @@ def teach(
         "tried": tried,
     }
     checkpoint.write_atomically(run.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    checkpoint.write_atomically(run.path / RESULT, model.export(options.head))
+    run.end(RESULT, model.export(options.head))
     return result
 
 
@@ -137,7 +155,7 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        set_rng(state["rng"])
         epoch, position = state["epoch"], state["metrics"]
         count(epoch * steps)
     metrics = Metrics(run.path / f"metrics-{stage}.jsonl", position)
@@ -159,9 +177,10 @@ def fit(
             if step % steps == 0:
                 mean = loss_sum.item() / steps
                 if not math.isfinite(mean):
-                    raise FastconError(
-                        f"the loss is {mean} in epoch {step // steps} at learning rate {rate:g}: leave that "
-                        "rate out of --lr-grid"
+                    batches.close()
+                    raise Diverged(
+                        f"the loss is {mean} in epoch {step // steps} at learning rate {rate:g}: use another --out with a "
+                        "lower one"
                     )
                 metrics.write({"epoch": step // steps - 1, "lr": optimizer.param_groups[0]["lr"], "loss": mean})
                 run.log(f"{stage} epoch {step // steps}/{options.epochs} loss {mean:.4f}")
@@ -173,7 +192,7 @@ def fit(
                         "model": model.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(),
-                        "rng": torch.get_rng_state(),
+                        "rng": rng_state(),
                         "epoch": step // steps,
                         "metrics": metrics.position,
                     },
@@ -194,7 +213,7 @@ def accuracy(model: Classifier, head: str, test: Subset, settings: Settings) -> 
     if missing:
         raise FastconError(
             f"head {head!r} does not know the class {missing[0]!r} of the test images ({len(missing)} such); "
-            f"it knows {splits._few(chosen.classes)}"
+            f"it knows {splits.few(chosen.classes)}"
         )
     wanted = np.array([place[name] for name in test.classes])[test.labels]
     model.on(settings.device).eval()
@@ -222,7 +241,7 @@ def _total_steps(train: Subset, options: Options) -> int:
 
 def _batches(
     train: Subset, epochs: range, size: int, options: Options, settings: Settings
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Random views, a new one of every image each epoch: (uint8 [B, 3, size, size], int64 labels [B])."""
     ids = train.ids
     widths, heights = train.manifest.widths[train.indices], train.manifest.heights[train.indices]

@@ -42,9 +42,14 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
+    from fastcon.models import RUN_WEIGHTS
+
     config = json.loads((path / "config.json").read_text())
-    finished = any(path.glob("*.safetensors"))
-    rows = [json.loads(line) for file in sorted(path.glob("metrics*.jsonl")) for line in file.read_text().splitlines()]
+    if not isinstance(config, dict) or "command" not in config:
+        raise FastconError(f"{path} is no run of fastcon's: its config.json names no command")
+    finished = any((path / name).exists() for name in RUN_WEIGHTS)
+    files = [path / name for name in ("metrics.jsonl", "metrics-final.jsonl") if (path / name).exists()]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     lines = [f"{path}: {config['command']} run, {'finished' if finished else 'not finished: run its command again'}"]
     shown = (
         "method",

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 from fastcon import sources as image_sources
 from fastcon.errors import FastconError
 
-FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}
-"""What both decoders read alike; anything else is rejected by name."""
+FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}
+"""What both decoders read alike (MPO: the JPEG of a camera); anything else is rejected by name."""
+TIFF_MODES = {"L", "RGB", "RGBA", "CMYK"}
 LARGEST_SIDE = 20_000
 LARGEST_AREA = 100_000_000
 CACHE_VERSION = 1
@@ -114,6 +116,7 @@ class ImageReader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._files: dict[int, int] = {}
+        self._opening = threading.Lock()
 
     def read(self, index: int) -> bytes:
         """The bytes of one image."""
@@ -139,8 +142,9 @@ class ImageReader:
         if offset < 0:
             with open(os.path.join(manifest.places[container], manifest.name(index)), "rb") as file:
                 return file.read()
-        if container not in self._files:
-            self._files.setdefault(container, os.open(manifest.places[container], os.O_RDONLY))
+        with self._opening:
+            if container not in self._files:
+                self._files[container] = os.open(manifest.places[container], os.O_RDONLY)
         return os.pread(self._files[container], int(manifest.sizes[index]), offset)
 
     def close(self) -> None:
@@ -159,7 +163,6 @@ def index(
     *,
     trust: bool = False,
     strict: bool = False,
-    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Index image sources, or load the cached index where nothing was touched since.
@@ -172,8 +175,9 @@ def index(
     folder = cache_folder("manifests") / f"v{CACHE_VERSION}-{int(trust)}-{image_sources.stamp(resolved)}"
     manifest = _load(folder) if folder.exists() else None
     if manifest is None:
-        manifest = _index(resolved, trust, threads or len(os.sched_getaffinity(0)), progress)
+        manifest = _index(resolved, trust, progress)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            shutil.rmtree(folder, ignore_errors=True)  # an entry that could not be loaded
             _save(manifest, folder)
     if strict and manifest.rejects:
         name, reason = manifest.rejects[0]
@@ -191,7 +195,7 @@ def _absolute(source: str) -> str:
     return source if source.startswith("torchvision:") else os.path.abspath(os.path.expanduser(source))
 
 
-def _index(sources: list[str], trust: bool, threads: int, progress: Callable[[int, int], None] | None) -> Manifest:
+def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None] | None) -> Manifest:
     listing = image_sources.read(sources)
     n = len(listing.size)
     label_ends = np.array(listing.label_ends, dtype=np.int64)
@@ -215,7 +219,7 @@ def _index(sources: list[str], trust: bool, threads: int, progress: Callable[[in
     labels, multi_hot = _labels(listing, label_ends, n)
     raw = dataclasses.replace(raw, ids=_ids(raw), labels=labels, multi_hot=multi_hot)
     keep = np.ones(n, dtype=bool)
-    for done, (position, outcome) in enumerate(_examined(raw, trust, threads), 1):
+    for done, (position, outcome) in enumerate(_examined(raw, trust), 1):
         if isinstance(outcome, str):
             keep[position] = False
             raw.rejects.append((raw.name(position), outcome))
@@ -265,7 +269,7 @@ def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.intp]:
     return np.sort(by_id[1:][ids[by_id][1:] == ids[by_id][:-1]])
 
 
-def _examined(manifest: Manifest, trust: bool, threads: int) -> Iterator[tuple[int, tuple[int, int, bytes] | str]]:
+def _examined(manifest: Manifest, trust: bool) -> Iterator[tuple[int, tuple[int, int, bytes] | str]]:
     """(position, (width, height, digest) or the reason for rejecting it), in order, decoded in parallel."""
     reader = ImageReader(manifest)
     block = 32
@@ -273,7 +277,7 @@ def _examined(manifest: Manifest, trust: bool, threads: int) -> Iterator[tuple[i
     def examine_block(start: int) -> list[tuple[int, int, bytes] | str]:
         return [_examine(reader, i, trust) for i in range(start, min(start + block, len(manifest.sizes)))]
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         starts = range(0, len(manifest.sizes), block)
         for start, outcomes in zip(starts, pool.map(examine_block, starts), strict=True):
             yield from enumerate(outcomes, start)
@@ -296,6 +300,8 @@ def _examine(reader: ImageReader, index: int, trust: bool) -> tuple[int, int, by
             width, height = image.size
             if image.format not in FORMATS:
                 return f"{image.format} is not read (use {', '.join(sorted(FORMATS))})"
+            if image.format == "TIFF" and (image.mode not in TIFF_MODES or image.getexif().get(0x0112, 1) != 1):
+                return f"a TIFF of mode {image.mode} or turned by its tags, which decoders read differently"
             if min(width, height) < 1 or max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
                 return f"absurd dimensions {width} x {height}"
             if not trust:
@@ -325,5 +331,5 @@ def _load(folder: Path) -> Manifest | None:
         rest["rejects"] = [(name, reason) for name, reason in rest["rejects"]]
         columns = {column: np.load(folder / f"{column}.npy", mmap_mode="r") for column in _COLUMNS}
         return Manifest(**columns, **rest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

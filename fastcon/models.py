@@ -2,7 +2,8 @@
 
     torchvision:resnet50 · torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors
     timm:NAME[@pretrained|@weights] · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
-    options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2&seed=1 (of weights that start at random)
+    options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2&seed=1 (of random weights)
+        &head=NAME (one of a run's) &kind=sigmoid (a multi-label classifier)
 
 Every architecture keeps its own forward pass: its classifying layer (the last Linear, or the last Conv2d where
 there is none, as in SqueezeNet) is widened to the classes of all heads, and what comes after it applies to each
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -78,11 +81,12 @@ class Classifier(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.architecture, self.size = architecture, size
+        self.architecture = architecture
         self.mean, self.std = tuple(mean), tuple(std)
         self.head_path = head_path(net, architecture)
         layer = net.get_submodule(self.head_path)
         self.net = net
+        self.set_size(size)
         self._set_head(layer if isinstance(layer, Heads) else Heads(layer))  # type: ignore[arg-type]
         self.heads = list(heads)
         scale = 1.0 / (255.0 * torch.tensor(std))
@@ -108,6 +112,19 @@ class Classifier(nn.Module):
     def on(self, device: torch.device) -> Classifier:
         """Moved to a device, in channels-last memory."""
         return self.to(device=device).to(memory_format=torch.channels_last)
+
+    def set_size(self, size: int) -> None:
+        """Take images of another side length. Raises FastconError for a network of a fixed one (ViT)."""
+        fixed = getattr(self.net, "image_size", size)
+        if fixed != size:
+            raise FastconError(f"{self.architecture} takes images of {fixed} px only, not {size}: use ?size={fixed}")
+        self.size = size
+
+    def keep_head(self, name: str) -> None:
+        """Leave one head only."""
+        self.head_index(name)
+        position = [head.name for head in self.heads].index(name)
+        self.replace_heads([self.heads[position]], keep={name: position}, seed=0)
 
     def split(self, logits: Tensor) -> dict[str, Tensor]:
         """Logits of all heads → {head: [B, C]}."""
@@ -157,9 +174,9 @@ class Classifier(nn.Module):
                     weight, bias = old.weight[here], None if old.bias is None else old.bias[here]
                 else:
                     weight, bias = fresh.weight, fresh.bias
-                weights.append(weight.detach())
-                biases.append(None if bias is None else bias.detach())
-        wide = _like(old, sum(len(head.classes) for head in heads))
+                weights.append(weight.detach().to(old.weight.device))
+                biases.append(None if bias is None else bias.detach().to(old.weight.device))
+        wide = _like(old, sum(len(head.classes) for head in heads)).to(old.weight.device)
         with torch.no_grad():
             wide.weight.copy_(torch.cat(weights))
             if wide.bias is not None:
@@ -225,16 +242,22 @@ def load(spec: str | Path, *, size: int | None = None, classes: Sequence[str] | 
     text = str(spec)
     path, _, query = text.partition("?")
     options = dict(parse_qsl(query))
-    unknown = set(options) - {"size", "mean", "std", "seed"}
+    unknown = set(options) - {"size", "mean", "std", "seed", "head", "kind"}
     if unknown:
-        raise FastconError(f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean, std and seed")
+        raise FastconError(
+            f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean, std, seed, head and kind"
+        )
     if Path(path).is_dir():
-        return _load_run(Path(path), options)
+        model = _load_run(Path(path), options)
+        if "head" in options:
+            model.keep_head(options["head"])
+        return model
     if path.endswith(".safetensors") and ":" not in path.split("/")[0]:
         if not Path(path).is_file():
             raise FastconError(f"no such weights file: {path}")
         return from_bytes(Path(path).read_bytes(), path, options)
     architecture, _, weights = path.partition("@")
+    _check_architecture(architecture)
     state, meta = _weights(architecture, weights)
     return _assemble(architecture, state, meta, options, size, classes, text)
 
@@ -244,7 +267,10 @@ def from_bytes(data: bytes, origin: str, options: Mapping[str, str] | None = Non
     meta = _metadata(data, origin)
     if "architecture" not in meta:
         raise FastconError(f"{origin} does not say its architecture: give torchvision:NAME@{origin}")
-    return _assemble(meta["architecture"], load_safetensors(data), meta, options or {}, None, None, origin)
+    architecture = meta["architecture"]
+    if architecture.startswith("python:"):  # a data file does not choose code to run
+        raise FastconError(f"{origin} is a network of your own code: give it as {architecture}@FILE")
+    return _assemble(architecture, load_safetensors(data), meta, options or {}, None, None, origin)
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -283,7 +309,12 @@ def choose_device(device: str) -> torch.device:
     """Resolve "auto" to the first GPU, else the CPU. Raises FastconError for a GPU that is not there."""
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise FastconError(f"--device {device} is none of auto, cpu, cuda and cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise FastconError(f"--device {device}: PyTorch sees no GPU here; use --device cpu or auto")
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
@@ -312,8 +343,9 @@ def _like(layer: nn.Linear | nn.Conv2d, classes: int) -> nn.Linear | nn.Conv2d:
     return nn.Conv2d(layer.in_channels, classes, layer.kernel_size, layer.stride, layer.padding, bias=bias)  # type: ignore[arg-type]
 
 
-def build(architecture: str, classes: int, pretrained: bool = False) -> nn.Module:
-    """An untrained network (timm can bring its own weights) of `classes` outputs."""
+def build(architecture: str, classes: int) -> nn.Module:
+    """A network of `classes` outputs with random weights."""
+    _check_architecture(architecture)
     kind, _, name = architecture.partition(":")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -321,7 +353,7 @@ def build(architecture: str, classes: int, pretrained: bool = False) -> nn.Modul
             return _build_torchvision(name, classes)
         if kind == "timm":
             try:
-                return optional_import("timm", "timm").create_model(name, pretrained=pretrained, num_classes=classes)
+                return optional_import("timm", "timm").create_model(name, num_classes=classes)
             except RuntimeError as error:
                 raise FastconError(f"timm has no model {name!r} ({error})") from error
         if kind == "python":
@@ -332,16 +364,36 @@ def build(architecture: str, classes: int, pretrained: bool = False) -> nn.Modul
     )
 
 
+def _pretrained_timm(architecture: str) -> tuple[nn.Module, dict[str, str]]:
+    """A timm network with the weights, classes and preprocessing that timm itself gives it."""
+    try:
+        net = optional_import("timm", "timm").create_model(architecture.removeprefix("timm:"), pretrained=True)
+    except (RuntimeError, OSError) as error:
+        first = str(error).strip().split("\n")[0][:160]
+        raise FastconError(
+            f"{architecture} did not come with weights ({first}): give a file, as {architecture}@FILE"
+        ) from error
+    config = net.pretrained_cfg
+    meta = {"size": str(config["input_size"][-1])}
+    return net, meta | {key: ",".join(map(str, config[key])) for key in ("mean", "std")}
+
+
+def _check_architecture(architecture: str) -> None:
+    """Refuse a torchvision name that is no classifier before its weights are looked for."""
+    if architecture.startswith("torchvision:"):
+        from torchvision import models
+
+        name, known = architecture.removeprefix("torchvision:"), models.list_models(module=models)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3)
+            raise FastconError(
+                f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else "")
+            )
+
+
 def _build_torchvision(name: str, classes: int) -> nn.Module:
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        import difflib
-
-        close = difflib.get_close_matches(name, models.list_models(module=models), 3)
-        raise FastconError(
-            f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else "")
-        )
     extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **extra)
 
@@ -367,7 +419,11 @@ State = dict[str, Tensor]
 
 def _weights(architecture: str, weights: str) -> tuple[State | None, dict[str, str]]:
     """State dict and metadata of what stands behind '@': nothing, a torchvision enum, or a file."""
-    if not weights or weights == "pretrained":
+    if not weights:
+        return None, {}
+    if weights == "pretrained":
+        if not architecture.startswith("timm:"):
+            raise FastconError(f"{architecture}@pretrained: name the weights, as torchvision:resnet50@IMAGENET1K_V2")
         return None, {"pretrained": weights}
     if "/" not in weights and "." not in weights and architecture.startswith("torchvision:"):
         return _torchvision_weights(architecture.removeprefix("torchvision:"), weights)
@@ -454,8 +510,11 @@ def _assemble(
     origin: str,
 ) -> Classifier:
     with torch.random.fork_rng(devices=[]):  # the same random weights for the same spec, whoever asks
-        torch.manual_seed(int(options.get("seed", 0)))
-        net = build(architecture, len(classes) if classes else 1000, meta.get("pretrained") == "pretrained")
+        torch.manual_seed(_whole(options.get("seed", "0"), "seed", origin))
+        if meta.get("pretrained"):
+            net, meta = _pretrained_timm(architecture)
+        else:
+            net = build(architecture, len(classes) if classes else 1000)
     path = head_path(net, origin)
     if state is not None:
         net = _load_state(net, path, architecture, state, origin)
@@ -466,14 +525,17 @@ def _assemble(
             raise FastconError(f"{origin} names {len(names)} classes, its head has {outputs} outputs")
         names = tuple(f"class {i}" for i in range(outputs))
     settings = dict(meta) | dict(options)
-    head = Head(meta.get("head", "head"), names, meta.get("kind", "softmax"))
+    std = _triple(settings.get("std"), IMAGENET_STD, origin)
+    if min(std) <= 0:
+        raise FastconError(f"{origin}: std={settings['std']} must be above 0")
+    head = Head(meta.get("head", "head"), names, _kind(settings.get("kind", "softmax"), origin))
     return Classifier(
         net,
         [head],
         architecture=architecture,
         size=_size(settings.get("size"), size, origin),
         mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin),
-        std=_triple(settings.get("std"), IMAGENET_STD, origin),
+        std=std,
     ).eval()
 
 
@@ -534,13 +596,22 @@ def _attach_heads(model: Classifier, path: Path) -> None:
 
 
 def _size(given: str | None, default: int | None, origin: str) -> int:
-    try:
-        size = int(given) if given is not None else default or 224
-    except ValueError:
-        raise FastconError(f"{origin}: size={given} is not a number of pixels") from None
+    size = _whole(given, "size", origin) if given is not None else default or 224
     if not 8 <= size <= 4096:
         raise FastconError(f"{origin}: size={size} is outside 8 to 4096 pixels")
     return size
+
+
+def _whole(text: str, what: str, origin: str) -> int:
+    if not text.isdecimal():
+        raise FastconError(f"{origin}: {what}={text} is not a whole number")
+    return int(text)
+
+
+def _kind(text: str, origin: str) -> str:
+    if text not in ("softmax", "sigmoid"):
+        raise FastconError(f"{origin}: kind={text} is neither softmax nor sigmoid")
+    return text
 
 
 def _triple(given: str | None, default: tuple[float, ...], origin: str) -> tuple[float, ...]:
@@ -550,20 +621,6 @@ def _triple(given: str | None, default: tuple[float, ...], origin: str) -> tuple
         values = tuple(float(part) for part in given.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3:
+    if len(values) != 3 or not all(map(math.isfinite, values)):
         raise FastconError(f"{origin}: {given!r} is not three numbers for red, green and blue, as 0.5,0.5,0.5")
     return values
-
-
-def names_size(spec: str) -> bool:
-    """Whether the spec, its weights or its run name an input size (else the call's --size holds)."""
-    path, _, query = spec.partition("?")
-    if "size" in dict(parse_qsl(query)):
-        return True
-    if Path(path).is_dir():
-        return True
-    weights = path.partition("@")[2]
-    file = Path(weights or path)
-    if file.suffix == ".safetensors" and file.is_file():
-        return "size" in _metadata(file.read_bytes(), spec)
-    return bool(weights) and path.startswith("torchvision:") and not file.is_file()

@@ -5,13 +5,14 @@ L = mean over x, sum over heads i of lambda_i * CE(softmax(z_t,i / T), softmax(z
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcon.errors import FastconError
+from fastcon.errors import FastconError, UsageError
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments, multihead_cross_entropy
 
 METHODS = ("consolidate", "traditional", "soft-label")
@@ -112,7 +113,7 @@ def parse_balance(text: str) -> tuple[float, float]:
     try:
         old, new = (float(part) for part in parts)
     except ValueError:
-        raise FastconError(f"--balance {text!r} is not OLD:NEW, as 1:3") from None
-    if old <= 0 or new <= 0:
-        raise FastconError(f"--balance {text}: both sides must be above 0 (--method leaves a side out)")
+        raise UsageError(f"--balance {text!r} is not OLD:NEW, as 1:3") from None
+    if not (0 < old < math.inf and 0 < new < math.inf):
+        raise UsageError(f"--balance {text}: both sides must be above 0 (--method leaves a side out)")
     return old, new

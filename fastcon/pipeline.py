@@ -7,11 +7,13 @@ where DALI is not to be had, and the oracle of its test.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcon.errors import FastconError, optional_import
+from fastcon.errors import FastconError
 from fastcon.manifest import ImageReader, Manifest
 
 T = TypeVar("T")
@@ -58,10 +60,13 @@ def decode(
     """
     threads = threads or len(os.sched_getaffinity(0))
     reader = ImageReader(manifest)
-    encoded = prefetch(_read(reader, requests, threads), depth=2)
+    recent: deque[Encoded] = deque(maxlen=6)  # what a failure may be about
+    encoded = prefetch(_remembered(_read(reader, requests, threads), recent), depth=2)
     try:
         graph = {"dali": _dali, "torchvision": _torchvision}[loader]
         yield from graph(encoded, sorted(set(sizes)), batch_size, torch.device(device), threads)
+    except _Undecodable as error:
+        raise FastconError(_culprit(manifest, recent, loader, torch.device(device)) or str(error)) from error
     finally:
         encoded.close()
         reader.close()
@@ -73,9 +78,18 @@ def settings(loader: str, device: torch.device | str) -> dict[str, Any]:
     common = {"loader": loader, "interpolation": "triangular, antialiased", "orientation": "as stored"}
     if loader == "torchvision":
         return common | {"decoder": "pillow", "pillow": importlib.metadata.version("pillow")}
-    dali = optional_import("nvidia.dali", "dali")
+    dali = _dali_module()
     decoder = {"cpu": "cpu", "cuda": "mixed"}[kind]
     return common | {"decoder": decoder, "hw_decoder_load": 0.0 if kind == "cuda" else None, "dali": dali.__version__}
+
+
+def _dali_module() -> Any:
+    try:
+        return importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        raise FastconError(
+            f"NVIDIA DALI is not installed ({error}): pip install nvidia-dali-cuda130, or use --loader torchvision"
+        ) from error
 
 
 def prefetch(items: Iterable[T], depth: int) -> Prefetch[T]:
@@ -136,6 +150,32 @@ class Prefetch(Iterator[T]):
 Encoded = tuple[Request, list[NDArray[np.uint8]]]
 
 
+class _Undecodable(Exception):
+    """A batch did not decode; which image it was remains to be found."""
+
+
+def _remembered(encoded: Iterator[Encoded], recent: deque[Encoded]) -> Iterator[Encoded]:
+    for item in encoded:
+        recent.append(item)
+        yield item
+
+
+def _culprit(manifest: Manifest, recent: Iterable[Encoded], loader: str, device: torch.device) -> str | None:
+    """Decode the images of the last batches one by one and name the first that fails."""
+    graph = {"dali": _dali, "torchvision": _torchvision}[loader]
+    for request, data in list(recent):
+        for k, index in enumerate(request.indices):
+            alone = Request(request.indices[k : k + 1], request.boxes[k : k + 1], request.flips[k : k + 1])
+            try:
+                list(graph(iter([(alone, [data[k]])]), [8], 1, device, 1))
+            except _Undecodable as error:
+                return (
+                    f"image {manifest.name(int(index))!r} does not decode ({error}): remove it, or leave out "
+                    "--trust-images so that indexing leaves it out"
+                )
+    return None
+
+
 def _read(reader: ImageReader, requests: Iterable[Request], threads: int) -> Iterator[Encoded]:
     with ThreadPoolExecutor(threads) as pool:
         for request in requests:
@@ -146,7 +186,7 @@ def _read(reader: ImageReader, requests: Iterable[Request], threads: int) -> Ite
 def _dali(
     encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
 ) -> Iterator[Pixels]:
-    optional_import("nvidia.dali", "dali")
+    _dali_module()
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali import types as dali_types
     from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -199,10 +239,7 @@ def _dali(
                 raise failure[0] from None
             return
         except RuntimeError as error:
-            raise FastconError(
-                f"DALI could not decode a batch: {' '.join(str(error).split())[:300]}; index the images "
-                "without --trust-images to find the one at fault"
-            ) from error
+            raise _Undecodable(f"DALI: {' '.join(str(error).split())[:200]}") from error
         batch: Pixels = {}
         for size, output in zip(sizes, outputs, strict=True):
             pixels = torch.empty((len(output), size, size, 3), dtype=torch.uint8, device=device)
@@ -217,7 +254,10 @@ def _torchvision(
 ) -> Iterator[Pixels]:
     with ThreadPoolExecutor(threads) as pool:
         for request, data in encoded:
-            images = list(pool.map(_crop, data, request.boxes, request.flips, [sizes] * len(data)))
+            try:
+                images = list(pool.map(_crop, data, request.boxes, request.flips, [sizes] * len(data)))
+            except (OSError, ValueError) as error:  # Pillow's errors of bad content
+                raise _Undecodable(f"Pillow: {' '.join(str(error).split())[:200]}") from error
             yield {
                 size: torch.from_numpy(np.stack([image[k] for image in images])).to(device).permute(0, 3, 1, 2)
                 for k, size in enumerate(sizes)

@@ -36,6 +36,13 @@ class Teacher:
     model: Classifier
     generalist: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.model.heads) > 1:
+            heads = ", ".join(head.name for head in self.model.heads)
+            raise FastconError(
+                f"{self.spec} has several heads ({heads}): choose one, as {self.spec}?head={heads.split(',')[0]}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -66,13 +66,15 @@ def few_shot(
     solver: str = "auto",
     seed: int = 0,
     ids: NDArray[np.uint64] | None = None,
+    classes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
 
     features [n, D], labels [n] and test_features [m, D], test_labels [m]: arrays; labels count from 0. shots: images a
     class (all of a smaller class); None: all images, once. ids [n]: what the draws depend on besides the seed
-    (default: the row number), so that equal ids give equal draws for every representation. Raises FastconError.
+    (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
+    (default: as many as labels occur). Raises FastconError.
     """
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
     if folds < 2 or trials < 1 or not c_grid or min(c_grid) <= 0 or (shots is not None and shots < 1):
@@ -80,7 +82,7 @@ def few_shot(
     if solver not in SOLVERS:
         raise FastconError(f"no solver {solver!r}: there are {', '.join(SOLVERS)}")
     ids = np.arange(len(labels), dtype=np.uint64) if ids is None else ids
-    classes = int(max(labels.max(), test_labels.max())) + 1
+    classes = max(classes or 0, int(max(labels.max(), test_labels.max())) + 1)
     smallest = int(np.bincount(labels)[np.unique(labels)].min())
     if min(smallest, shots or smallest) < folds:
         warnings.warn(
@@ -138,7 +140,12 @@ def _fit_batched(train: NDArray, labels: NDArray, rows: NDArray, classes: int, c
     across = torch.from_numpy(rows) @ x.T + 1
     out, beta = [], None
     for cost in costs:
-        beta, _ = svm.solve(gram, signs, cost, beta)
+        try:
+            beta, _ = svm.solve(gram, signs, cost, beta)
+        except ArithmeticError as error:  # not converged, or not positive definite
+            raise FastconError(
+                f"the SVMs did not reach their optimum ({error}): leave C = {cost:g} out of the grid, or scale the features"
+            ) from error
         out.append((across @ beta.T).numpy())
     return out
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -24,17 +25,28 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
-        """Open or create. Raises FastconError where the folder holds another run."""
+        """Look at the folder. Raises FastconError where it holds another run, or other files."""
         self.path = Path(path)
         self.config = config | {"versions": versions()}
-        file = self.path / "config.json"
-        if file.exists():
-            self._check_same(file)
-        elif self.path.exists() and any(self.path.iterdir()):
+        if self._file.exists():
+            self._check_same()
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as --out")
-        else:
+
+    def begin(self) -> None:
+        """Write the configuration, when all that could refuse it has been checked."""
+        if not self._file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, (json.dumps(self.config, indent=2) + "\n").encode())
+            write_atomically(self._file, (json.dumps(self.config, indent=2) + "\n").encode())
+
+    def end(self, result: str, data: bytes) -> None:
+        """Write the file that says the run is finished, and forget its checkpoints."""
+        write_atomically(self.path / result, data)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "config.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -50,8 +62,8 @@ class Run:
         with open(self.path / "run.log", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def _check_same(self, file: Path) -> None:
-        stored = json.loads(file.read_text())
+    def _check_same(self) -> None:
+        stored = json.loads(self._file.read_text())
         for key, value in json.loads(json.dumps(self.config)).items():
             if key != "versions" and stored.get(key) != value:
                 raise FastconError(
@@ -85,10 +97,16 @@ class Metrics:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying: the loop looks at the list between steps."""
+    """Collect SIGTERM and SIGINT instead of dying: the loop looks at the list between steps. A second one kills."""
     seen: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
     try:
-        old = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: whoever embeds us keeps its own handlers
         yield seen
         return

@@ -67,8 +67,10 @@ def stamp(sources: Sequence[str]) -> str:
 def read(sources: Sequence[str]) -> Listing:
     """List every image of `sources`, in a fixed order; classes are united by name."""
     listing = Listing()
+    reader = _Reader(listing)
     for source in sources:
-        _Reader(listing).read(source)
+        reader.read(source)
+    _settle_classes(listing, reader.classes)
     if not len(listing.size) and not listing.skipped:
         raise FastconError(
             f"no images in {_named(sources)}: a folder, .tar shards or a list of paths is expected "
@@ -140,12 +142,11 @@ def _walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]
 
 
 class _Reader:
-    """Reads one source into a listing; gathers class names first, since one folder around all is no class."""
+    """Reads sources into a listing and numbers class names as they come."""
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
-        self.first = len(listing.label_ends)
-        self.local: dict[str, int] = {}
+        self.classes: dict[str, int] = {}
 
     def read(self, source: str) -> None:
         if source.startswith("torchvision:"):
@@ -160,10 +161,9 @@ class _Reader:
                 raise FastconError(f"{path} is a compressed tar, which cannot be read at random: uncompress it")
             else:
                 self._list_file(path)
-        self._settle_classes()
 
     def _label(self, folder: str) -> list[int]:
-        return [self.local.setdefault(folder, len(self.local))] if folder else []
+        return [self.classes.setdefault(folder, len(self.classes))] if folder else []
 
     def _folder(self, root: Path) -> None:
         self.listing.containers.append(str(root.resolve()))
@@ -197,7 +197,7 @@ class _Reader:
     def _list_file(self, path: Path) -> None:
         self.listing.containers.append(str(path.parent.resolve()))
         for item in _listed_files(path):
-            labels = [self.local.setdefault(label, len(self.local)) for label in item.labels]
+            labels = [self.classes.setdefault(label, len(self.classes)) for label in item.labels]
             if item.size < 0:
                 self.listing.skipped.append((item.name, "no such file"))
             else:
@@ -214,33 +214,21 @@ class _Reader:
         names = [str(name) for name in getattr(dataset, "classes", [])]
         for path, label in pairs:
             name = names[label] if label < len(names) else str(label)
-            index = self.local.setdefault(name, len(self.local))
+            index = self.classes.setdefault(name, len(self.classes))
             self.listing.add(os.path.relpath(path, root), -1, os.stat(path).st_size, [index])
-        self._settle_classes()
 
-    def _settle_classes(self) -> None:
-        """Turn this source's own class indices into the listing's, sorted by name within the source."""
-        listing = self.listing
-        start = listing.label_ends[self.first - 1] if self.first else 0
-        counts = {
-            b - a
-            for a, b in zip([start, *listing.label_ends[self.first :]], listing.label_ends[self.first :], strict=False)
-        }
-        if len(self.local) < 2 and counts == {1}:
-            del listing.labels[start:]
-            for i in range(self.first, len(listing.label_ends)):
-                listing.label_ends[i] = start
-            return
-        listing.multi_label |= bool(counts - {0, 1})
-        known = {name: index for index, name in enumerate(listing.classes)}
-        final = {}
-        for name in sorted(self.local):
-            if name not in known:
-                known[name] = len(listing.classes)
-                listing.classes.append(name)
-            final[self.local[name]] = known[name]
-        for i in range(start, len(listing.labels)):
-            listing.labels[i] = final[listing.labels[i]]
+
+def _settle_classes(listing: Listing, found: dict[str, int]) -> None:
+    """Number the classes in the order of their names; a single one, around everything, is none."""
+    counts = {stop - start for start, stop in zip([0, *listing.label_ends], listing.label_ends, strict=False)}
+    if len(found) < 2:
+        del listing.labels[:]
+        listing.label_ends = array("q", [0]) * len(listing.label_ends)
+        return
+    listing.multi_label = bool(counts - {0, 1})
+    listing.classes = sorted(found)
+    number = {found[name]: index for index, name in enumerate(listing.classes)}
+    listing.labels = array("i", (number[label] for label in listing.labels))
 
 
 class _ListedFile:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastcon import views
 from fastcon.errors import FastconError
-from fastcon.manifest import Manifest, index
+from fastcon.manifest import Manifest
 
 SPLITS = ("none", "t", "d")
 
@@ -32,34 +32,34 @@ class Subset:
         return len(self.indices)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of which images these are, with which labels among which classes."""
+        hasher = hashlib.sha256(self.manifest.digest.encode())
+        for part in (self.indices.astype(np.int64), self.labels.astype(np.int64)):
+            hasher.update(part.tobytes())
+        hasher.update("\0".join(self.classes).encode())
+        return hasher.hexdigest()
+
+    @property
     def ids(self) -> NDArray[np.uint64]:
         """Image ids [m]."""
         return self.manifest.ids[self.indices]
 
 
 def labelled(
-    train: Sequence[str],
-    test: Sequence[str] | None,
-    holdout: float | None,
-    split: str,
-    seed: int,
-    **index_options: bool,
+    train: Manifest, test: Manifest | None, holdout: float | None, split: str, seed: int
 ) -> tuple[Subset, Subset]:
-    """The training and test parts that a command's --train, --test, --holdout, --split and --split-seed name.
+    """The training and test parts of --train, --test or --holdout, --split and --split-seed.
 
     Raises FastconError where labels, classes or the test part are missing.
     """
-    if (test is None) == (holdout is None):
-        raise FastconError("give the test part either as --test IMAGES or as --holdout FRACTION of --train")
-    manifest = index(train, **index_options)  # type: ignore[arg-type]
-    _require_labels(manifest)
-    classes = split_classes(manifest.classes, split, seed)
+    _require_labels(train)
+    classes = split_classes(train.classes, split, seed)
     if test is not None:
-        other = index(test, **index_options)  # type: ignore[arg-type]
-        _require_labels(other)
-        return of_classes(manifest, classes), of_classes(other, classes)
-    kept, aside = hold_out(manifest, holdout or 0.0, seed)
-    return of_classes(manifest, classes, kept), of_classes(manifest, classes, aside)
+        _require_labels(test)
+        return of_classes(train, classes), of_classes(test, classes)
+    kept, aside = hold_out(train, holdout or 0.0, seed)
+    return of_classes(train, classes, kept), of_classes(train, classes, aside)
 
 
 def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
@@ -102,8 +102,8 @@ def of_classes(manifest: Manifest, classes: Sequence[str], within: NDArray[np.in
         indices = np.intersect1d(indices, within)
     if not len(indices):
         raise FastconError(
-            f"none of the {len(manifest)} images is of a wanted class ({_few(classes)}); the images' "
-            f"classes are {_few(manifest.classes)}"
+            f"none of the {len(manifest)} images is of a wanted class ({few(classes)}); the images' "
+            f"classes are {few(manifest.classes)}"
         )
     return Subset(manifest, indices, labels[indices], tuple(classes))
 
@@ -160,5 +160,6 @@ def _require_labels(manifest: Manifest) -> None:
         )
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
     return ", ".join(list(names[:4]) + ([f"… ({len(names)} in all)"] if len(names) > 4 else [])) or "none"

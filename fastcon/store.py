@@ -103,6 +103,7 @@ class Store:
                 f"{self.path} has store format {record.get('format')!r}, this fastcon reads format "
                 f"{FORMAT}: use the fastcon that wrote it, or make the store again"
             )
+        self._arrays: dict[str, Any] = {}
         self.record: dict[str, Any] = record
         self.recipe = Recipe.from_record(record["recipe"])
         self.rows: int = record["images"]["count"]
@@ -118,6 +119,10 @@ class Store:
         """The name of the generalist, if there is one."""
         return next((name for name, teacher in self.teachers.items() if teacher["role"] == "generalist"), None)
 
+    def logit_bytes(self, name: str) -> int:
+        """Bytes of one row of a teacher's logits."""
+        return len(self.teachers[name]["classes"]) * np.dtype(self.teachers[name]["logits"]).itemsize
+
     @property
     def chunks(self) -> int:
         """Chunks in one view of one teacher."""
@@ -130,7 +135,7 @@ class Store:
 
     def view(self, view: int) -> View:
         """Order, boxes and flips of a view, checked against the record's digest."""
-        columns = [_read(self._group[name], view) for name in ("order", "boxes", "flips")]
+        columns = [_read(self._array(name), view) for name in ("order", "boxes", "flips")]
         if _digest(*columns) != self.record["view_digests"][view]:
             raise FastconError(
                 f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
@@ -140,38 +145,43 @@ class Store:
 
     def image_columns(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
         """Ids [n] and content digests [n, 16] of the images, in manifest order."""
-        return _read(self._group["images/ids"]), _read(self._group["images/digests"])
+        columns = [_read(self._array(f"images/{name}")) for name in ("ids", "digests", "names", "name_ends")]
+        if _digest(*columns) != self.record["images"]["columns_digest"]:
+            raise FastconError(
+                f"{self.path}: the recorded ids, digests or names of the images are missing or damaged; make the store again"
+            )
+        return columns[0], columns[1]
 
     def image_name(self, index: int) -> str:
         """The name of an image, relative to its source."""
-        ends = self._group["images/name_ends"]
+        ends = self._array("images/name_ends")
         start = int(ends[index - 1]) if index else 0
-        return os.fsdecode(np.asarray(self._group["images/names"][start : int(ends[index])]).tobytes())
+        return os.fsdecode(np.asarray(self._array("images/names")[start : int(ends[index])]).tobytes())
 
     def samples(self) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
         """Rows of view 0 [k] and the uint8 pixels [k, size, size, 3] that were decoded for them."""
-        rows, pixels = _read(self._group["samples/rows"]), _read(self._group["samples/pixels"])
+        rows, pixels = _read(self._array("samples/rows")), _read(self._array("samples/pixels"))
         if _digest(rows, pixels) != self.record["samples_digest"]:
             raise FastconError(f"{self.path}: the sample pixels are missing or damaged; make the store again")
         return rows, pixels
 
     def done(self, name: str) -> NDArray[np.bool_]:
         """Which chunks of a teacher are finished: bool [V, chunks]; False beyond the views it was asked for."""
-        checksums = _read(self._teacher(name)["checksums"])
+        checksums = _read(self._array(name, "checksums"))
         done = np.zeros((self.views, self.chunks), dtype=bool)
         done[: len(checksums)] = checksums[: self.views] >= 0
         return done
 
     def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
         """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
-        teacher = self._teacher(name)
         start, stop = self.chunk_range(chunk)
         where = f"{self.path}: teacher {name!r}, view {view}, chunk {chunk} (rows {start} to {stop - 1})"
-        expected = int(teacher["checksums"][view, chunk])
+        checksums = self._array(name, "checksums")
+        expected = int(_read(checksums, view)[chunk]) if view < checksums.shape[0] else -1
         if expected < 0:
             raise FastconError(f"{where} is not computed yet: run `fastcon precompute` again, it resumes")
         try:
-            rows = np.ascontiguousarray(teacher["logits"][view, start:stop])
+            rows = np.ascontiguousarray(self._array(name, "logits")[view, start:stop])
         except Exception as error:
             raise FastconError(
                 f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again"
@@ -184,13 +194,13 @@ class Store:
 
     def weights(self, name: str) -> bytes:
         """The stored safetensors file of a teacher (the generalist has one)."""
-        teacher = self._teacher(name)
-        if "weights" not in teacher:
+        if "weights_file_digest" not in self.teachers.get(name, {}):
             raise FastconError(f"{self.path} keeps no weights of {name!r}, only those of a generalist")
-        data = _read(teacher["weights"])
+        data = _read(self._array(name, "weights"))
         if _digest(data) != self.teachers[name]["weights_file_digest"]:
             raise FastconError(
-                f"{self.path}: the weights of {name!r} are missing or damaged; add it again with precompute"
+                f"{self.path}: the weights of {name!r} are missing or damaged; run `fastcon precompute` with the same "
+                "generalist again, it writes them anew"
             )
         return data.tobytes()
 
@@ -216,10 +226,17 @@ class Store:
         what = "the images come in another order" if extra is None else f"{manifest.name(extra)!r} is new"
         raise FastconError(f"{here}: {what}; {way}")
 
-    def _teacher(self, name: str) -> Any:
-        if name not in self.teachers:
+    def _array(self, name: str, part: str | None = None) -> Any:
+        """An array of the store by its path, or a part of a teacher; opened once."""
+        if part is not None and name not in self.teachers:
             raise FastconError(f"{self.path} has no teacher {name!r}; it has {', '.join(self.teachers) or 'none'}")
-        return self._group[f"teachers/{name}"]
+        path = name if part is None else f"teachers/{name}/{part}"
+        if path not in self._arrays:
+            try:
+                self._arrays[path] = self._group[path]
+            except Exception as error:
+                raise FastconError(f"{self.path}: array {path!r} is missing or damaged ({_line(error)})") from error
+        return self._arrays[path]
 
 
 class StoreWriter(Store):
@@ -238,37 +255,54 @@ class StoreWriter(Store):
                 f"{self.path} has the generalist {self.generalist!r}, and a store has one: add {name!r} with "
                 "--teacher, or use another --store"
             )
-        if name in self.teachers:
+        if name in self.teachers and self.done(name).any():
             self._check_same_teacher(name, record)
-        else:
-            self._create_teacher(name, record, weights)
-        teacher = self._teacher(name)
-        if teacher["logits"].shape[0] < self.views:
-            classes = len(record["classes"])
-            teacher["logits"].resize((self.views, self.rows, classes))
-            teacher["checksums"].resize((self.views, self.chunks))
+        else:  # nothing of it is stored: a teacher that failed at once may come back mended
+            self._create_teacher(name, record)
+        if weights is not None:
+            self._write_weights(name, weights)
+        if self._array(name, "logits").shape[0] < self.views:
+            self._array(name, "logits").resize((self.views, self.rows, len(record["classes"])))
+            self._array(name, "checksums").resize((self.views, self.chunks))
 
     def write(self, name: str, view: int, chunk: int, logits: NDArray[Any]) -> None:
         """Store one finished chunk [rows, C], then mark it done."""
-        teacher = self._teacher(name)
+        stored = self._array(name, "logits")
         start, stop = self.chunk_range(chunk)
-        rows = np.ascontiguousarray(logits, dtype=teacher["logits"].dtype)
-        if rows.shape != (stop - start, teacher["logits"].shape[2]):
-            raise ValueError(f"chunk {chunk} takes {(stop - start, teacher['logits'].shape[2])}, got {rows.shape}")
-        teacher["logits"][view, start:stop] = rows
-        teacher["checksums"][view, chunk] = checksum(rows)
+        rows = np.ascontiguousarray(logits, dtype=stored.dtype)
+        if rows.shape != (stop - start, stored.shape[2]):
+            raise ValueError(f"chunk {chunk} takes {(stop - start, stored.shape[2])}, got {rows.shape}")
+        stored[view, start:stop] = rows
+        self._array(name, "checksums")[view, chunk] = checksum(rows)
 
-    def _create_teacher(self, name: str, record: dict[str, Any], weights: bytes | None) -> None:
+    def repair_view(self, manifest: Manifest, view: int) -> None:
+        """Write the order, boxes and flips of a view anew, where the recipe makes what the record says."""
+        made = make_view(self.recipe, manifest, view)
+        if _digest(made.order, made.boxes, made.flips) != self.record["view_digests"][view]:
+            raise FastconError(f"{self.path}: the recipe does not make view {view} any more; make the store again")
+        for name in ("order", "boxes", "flips"):
+            self._array(name)[view] = getattr(made, name)
+
+    def _create_teacher(self, name: str, record: dict[str, Any]) -> None:
         classes = len(record["classes"])
         where = f"teachers/{name}"
         shape, chunk = (self.views, self.rows, classes), (1, self.recipe.chunk_rows, classes)
         _create(self._group, f"{where}/logits", shape, chunk, record["logits"])
         _create(self._group, f"{where}/checksums", (self.views, self.chunks), (1, self.chunks), "int64", fill=-1)
-        if weights is not None:
-            data = np.frombuffer(weights, dtype=np.uint8)
-            _create(self._group, f"{where}/weights", data.shape, (min(len(data), 1 << 26),), "uint8")[:] = data
-            record = record | {"weights_file_digest": _digest(data)}
+        self._arrays = {path: array for path, array in self._arrays.items() if not path.startswith(f"{where}/")}
         self.record["teachers"][name] = record
+        self._commit()
+
+    def _write_weights(self, name: str, weights: bytes) -> None:
+        """Keep a teacher's weights file, unless it is there, whole."""
+        with contextlib.suppress(FastconError):
+            if self.weights(name) == weights:
+                return
+        data = np.frombuffer(weights, dtype=np.uint8)
+        path = f"teachers/{name}/weights"
+        _create(self._group, path, data.shape, (min(len(data), 1 << 26),), "uint8")[:] = data
+        self._arrays.pop(path, None)
+        self.record["teachers"][name]["weights_file_digest"] = _digest(data)
         self._commit()
 
     def _check_same_teacher(self, name: str, record: dict[str, Any]) -> None:
@@ -298,6 +332,7 @@ def open_for_writing(
     """
     path = os.fspath(path)
     with _lock(path):
+        _remove_leftovers(path)
         if not _exists(path):
             _create_store(path, manifest, recipe, view_count, pipeline)
         store = StoreWriter(path)
@@ -333,7 +368,7 @@ def checksum(rows: NDArray[Any]) -> int:
 def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]) -> None:
     if len(manifest) > np.iinfo(np.uint32).max:
         raise FastconError(f"a store holds at most 2^32 images, these are {len(manifest)}")
-    group = _open(path, "w")
+    group = _open(path, "a")
     record: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe.record(),
@@ -345,8 +380,9 @@ def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int
         "teachers": {},
     }
     n = len(manifest)
-    for name in ("ids", "digests", "names", "name_ends"):
-        column = np.asarray(getattr(manifest, name))
+    columns = {name: np.asarray(getattr(manifest, name)) for name in ("ids", "digests", "names", "name_ends")}
+    record["images"]["columns_digest"] = _digest(*columns.values())
+    for name, column in columns.items():
         chunk = (min(len(column), 1 << 20), *column.shape[1:])
         _create(group, f"images/{name}", column.shape, chunk, str(column.dtype))[:] = column
     for name, shape, dtype in (("order", (0, n), "uint32"), ("boxes", (0, n, 4), "int32"), ("flips", (0, n), "uint8")):
@@ -385,10 +421,8 @@ def _check_recipe(store: Store, recipe: Recipe) -> None:
 
 
 def _open(path: str, mode: str) -> Any:
-    """The root group. Mode "w" starts anew only over nothing, or over a creation that never finished."""
+    """The root group: "r" and "r+" need one, "a" makes it where there is none."""
     try:
-        if mode == "w":
-            return zarr.open_group(path, mode="w", zarr_format=3)
         return zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
     except ImportError as error:
         raise FastconError(f"{path} lies in object storage: pip install 'fastcon[s3]' to read it ({error})") from error
@@ -399,27 +433,34 @@ def _open(path: str, mode: str) -> Any:
 
 
 def _exists(path: str) -> bool:
-    """Whether a finished creation is there; refuses a folder that holds something else."""
-    if is_url(path):
-        with contextlib.suppress(FastconError):
-            return "fastcon" in _open(path, "r").attrs
-        return False
-    if not (Path(path) / "zarr.json").exists():
-        foreign = [entry.name for entry in Path(path).iterdir() if entry.suffix not in (".lock", ".log", ".partial")]
+    """Whether a finished creation is there; refuses a place that holds something else, or cannot be looked at."""
+    try:
+        group = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+    except FileNotFoundError:  # the one error that means "nothing there": any other must not start a new store
+        foreign = [] if is_url(path) else [n for n in sorted(os.listdir(path)) if not n.endswith((".lock", ".log"))]
         if foreign:
             raise FastconError(
                 f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder"
-            )
+            ) from None
         return False
-    group = _open(path, "r")
+    except Exception as error:
+        raise FastconError(f"{path} cannot be looked at ({_line(error)})") from error
     if "fastcon" in group.attrs:
         return True
-    if set(group.attrs) or not set(os.listdir(path)) <= _CREATED:
+    if set(group.attrs) or not {name.split("/")[0] for name in group.keys()} <= _CREATED:  # noqa: SIM118 - no mapping
         raise FastconError(f"{path} is a Zarr group of something else: give a new folder as --store")
     return False
 
 
-_CREATED = {"zarr.json", "images", "order", "boxes", "flips", "write.lock", "precompute.log"}
+_CREATED = {"images", "order", "boxes", "flips"}
+"""What an interrupted creation may have left: it is written again from the start."""
+
+
+def _remove_leftovers(path: str) -> None:
+    """Temporary files of writes that a kill cut off; only the holder of the lock may call this."""
+    if not is_url(path):
+        for partial in Path(path).rglob("*.partial"):
+            partial.unlink()
 
 
 def _create(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, fill: int = 0) -> Any:

@@ -7,7 +7,7 @@ Rerunning resumes from the last checkpoint; a finished run is left alone.
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,7 @@ from fastcon import checkpoint, models, objective
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.kernels.multihead_ce import MultiHeadLoss
 from fastcon.loader import Batch, Loader
+from fastcon.manifest import Manifest
 from fastcon.models import RUN_HEADS, RUN_WEIGHTS, Classifier, Head
 from fastcon.run import Metrics, Run, stop_signals
 from fastcon.store import Store
@@ -71,7 +72,7 @@ def train(
     out: str,
     options: Options,
     machine: Machine | None = None,
-    images: list[str] | None = None,
+    images: list[str] | Manifest | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def train(
     run = Run(out, {"command": "train", "store": _identity(store, names), **dataclasses.asdict(options)})
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
-        return {}
+        return json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
     loader = Loader(
         store,
         images,
@@ -108,6 +109,7 @@ def train(
         )
 
     student, untrained = build_student(store, names, options, loader, say)
+    run.begin()
     student.on(device).train()
     weights = objective.head_weights(names, store.generalist, options.balance)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
@@ -123,17 +125,18 @@ def train(
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        set_rng(state["rng"])
         tally.load(state["tally"])
         step, position = state["step"], state["metrics"]
         say(f"resuming {out} at step {step} of {total}")
     else:
         torch.manual_seed(options.seed)
     metrics = Metrics(run.path / "metrics.jsonl", position)
-    board = _tensorboard(run) if machine.tensorboard else None
+    board = _tensorboard(run, step) if machine.tensorboard else None
     forward = torch.compile(student) if machine.compile else student
 
     def save() -> None:
+        tally.refuse_nan(step, out)
         checkpoint.save(
             run.checkpoints,
             step,
@@ -141,7 +144,7 @@ def train(
                 "student": student.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(),
+                "rng": rng_state(),
                 "tally": tally.state(),
                 "step": step,
                 "metrics": metrics.position,
@@ -164,8 +167,8 @@ def train(
             tally.add(result, weights, supervised)
             step += 1
             if step % machine.log_every == 0 or step % loader.schedule.steps == 0:
+                tally.refuse_nan(step, out)
                 row = {"step": step, "epoch": (step - 1) // loader.schedule.steps, **tally.read(), **_rates(optimizer)}
-                _refuse_nan(row, out)
                 metrics.write(row)
                 now = time.monotonic()
                 run.log(f"step {step}/{total} loss {row['loss']:.4f} {row['images'] / (now - logged):.0f} img/s")
@@ -183,8 +186,10 @@ def train(
                     f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume"
                 )
     metrics.close()
+    if board:
+        board.close()
     checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
-    checkpoint.write_atomically(run.path / RESULT, _export(student, names, untrained))
+    run.end(RESULT, _export(student, names, untrained))
     return row
 
 
@@ -213,13 +218,15 @@ def build_student(
         student = models.from_bytes(store.weights(store.generalist), f"the generalist of {store.path}")
     else:
         student = models.load(options.student, size=store.recipe.size)
-    student.size = store.recipe.size
+    student.set_size(store.recipe.size)
     keep: dict[str, int] = {}
     general = store.teachers[store.generalist] if store.generalist else None
     if general and options.student and student.architecture != general["architecture"]:
         say(f"the student is {student.architecture}, the generalist {general['architecture']}: head 0 starts at random")
     elif general and tuple(general["classes"]) == student.heads[0].classes:
         keep = {store.generalist: 0}  # type: ignore[dict-item]
+    elif general:
+        say("the student's classes are not the generalist's: head 0 starts at random")
     aside = None
     if general and store.generalist not in names:
         first = Head(store.generalist, tuple(general["classes"]), general["kind"])  # type: ignore[arg-type]
@@ -240,6 +247,19 @@ def make_optimizer(
         {"params": list(student.head_module.parameters()), "lr": lr_heads, "base": lr_heads},
     ]
     return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The random state that dropout draws from: the CPU's and the current GPU's."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng(state: dict[str, Tensor]) -> None:
+    """Go on from a state that `rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def set_rate(optimizer: torch.optim.Optimizer, progress: float, milestones: tuple[float, ...]) -> None:
@@ -292,6 +312,16 @@ class _Tally:
         self._rows = self._batches = 0
         return row
 
+    def refuse_nan(self, step: int, out: str) -> None:
+        """Raise FastconError, naming the head, where a loss has turned NaN or infinite."""
+        if self._loss.isfinite():
+            return
+        head = next((name for name, value in zip(self._names, self._sums[0], strict=True) if not value.isfinite()), "?")
+        raise FastconError(
+            f"the loss is {self._loss.item()} at step {step} (first at head {head!r}); the last good checkpoint is in "
+            f"{out}/checkpoints: use another --out with lower learning rates or --precision float32"
+        )
+
     def state(self) -> dict[str, Any]:
         return {"sums": self._sums, "loss": self._loss, "rows": self._rows, "batches": self._batches}
 
@@ -303,15 +333,6 @@ class _Tally:
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return dict(zip(("lr_backbone", "lr_heads"), (group["lr"] for group in optimizer.param_groups), strict=True))
-
-
-def _refuse_nan(row: dict[str, Any], out: str) -> None:
-    if not math.isfinite(row["loss"]):
-        head = next((name for name, head in row["heads"].items() if not math.isfinite(head["loss"])), "?")
-        raise FastconError(
-            f"the loss is {row['loss']} at step {row['step']} (first at head {head!r}); the last good "
-            f"checkpoint is in {out}/checkpoints: lower the learning rates, or train with --precision float32"
-        )
 
 
 def _identity(store: Store, names: list[str]) -> dict[str, Any]:
@@ -335,11 +356,11 @@ def _export(student: Classifier, names: list[str], untrained: Untrained | None) 
     return models.save_safetensors(state, meta)
 
 
-def _tensorboard(run: Run) -> Any:
+def _tensorboard(run: Run, step: int) -> Any:
     optional_import("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run.path / "tensorboard"))
+    return SummaryWriter(str(run.path / "tensorboard"), purge_step=step)
 
 
 def _write_board(board: Any, row: dict[str, Any]) -> None:

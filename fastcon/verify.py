@@ -35,14 +35,20 @@ class Check:
 
 
 def verify(
-    path: str, sources: Sequence[str] | None, rows: int, settings: Settings, repair: bool = False, seed: int = 0
+    path: str,
+    images: Sequence[str] | Manifest | None,
+    rows: int,
+    settings: Settings,
+    repair: bool = False,
+    seed: int = 0,
 ) -> list[Check]:
     """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all."""
     store = Store(path)
-    manifest = index(list(sources or store.record["images"]["sources"]))
+    manifest = images if isinstance(images, Manifest) else index(list(images or store.record["images"]["sources"]))
     store.check_images(manifest)
-    checks = [Check("images", True, f"{store.rows:,} images, digest {store.record['images']['digest'][:12]}")]
-    checks.append(_recipe(store, manifest))
+    if repair:
+        _repair_views(store, manifest)
+    checks = [_images(store), _recipe(store, manifest)]
     checks.append(_pixels(store, manifest, settings))
     for name in store.teachers:
         damaged, unfinished = _chunks(store, name)
@@ -55,14 +61,36 @@ def verify(
         if damaged:
             seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
         checks.append(Check(f"{name}: chunks", not damaged and not unfinished, seen))
-        if rows and not damaged:
+        if "weights_file_digest" in store.teachers[name]:
+            checks.append(_weights(store, name))
+        if rows and not damaged and store.done(name).any():
             checks.append(_recompute(store, manifest, name, rows, settings, seed))
     return checks
 
 
+def _images(store: Store) -> Check:
+    try:
+        store.image_columns()
+    except FastconError as error:
+        return Check("images", False, str(error))
+    return Check("images", True, f"{store.rows:,} images, digest {store.record['images']['digest'][:12]}")
+
+
+def _weights(store: Store, name: str) -> Check:
+    try:
+        store.weights(name)
+    except FastconError as error:
+        return Check(f"{name}: weights", False, str(error))
+    return Check(f"{name}: weights", True, "the stored weights are whole")
+
+
 def _recipe(store: Store, manifest: Manifest) -> Check:
     for number in range(store.views):
-        recorded, made = store.view(number), stores.make_view(store.recipe, manifest, number)
+        try:
+            recorded = store.view(number)
+        except FastconError as error:
+            return Check("views", False, str(error))
+        made = stores.make_view(store.recipe, manifest, number)
         for column in ("order", "boxes", "flips"):
             if not np.array_equal(getattr(recorded, column), getattr(made, column)):
                 return Check(
@@ -107,7 +135,7 @@ def _teacher(store: Store, name: str) -> Teacher:
             f"teacher {name!r} of {store.path} was {record['spec']} with weights {record['weights'][:12]}, "
             f"there are now weights {model.digest()[:12]}: put the former back to recompute its rows"
         )
-    model.size = record["size"]
+    model.set_size(record["size"])
     return Teacher(name, record["spec"], model, record["role"] == "generalist")
 
 
@@ -124,8 +152,11 @@ def _recompute(store: Store, manifest: Manifest, name: str, rows: int, settings:
     except FastconError as error:
         return Check(f"{name}: rows", False, str(error))
     settings = _as_computed(store, name, settings)
-    order = views.permutation(seed, np.arange(store.views * store.rows, dtype=np.uint64), 0, views.SAMPLE)
-    view_of, row_of = np.divmod(np.sort(order[:rows]), store.rows)
+    places = np.arange(store.views * store.rows, dtype=np.uint64)
+    view_of, row_of = np.divmod(places, np.uint64(store.rows))
+    there = store.done(name)[view_of, row_of // np.uint64(store.recipe.chunk_rows)]
+    order = views.permutation(seed, places[there], 0, views.SAMPLE)
+    view_of, row_of = np.divmod(np.sort(places[there][order[:rows]]).astype(np.int64), store.rows)
     stored = [
         store.logits(name, int(v), int(r) // store.recipe.chunk_rows)[int(r) % store.recipe.chunk_rows]
         for v, r in zip(view_of, row_of, strict=True)
@@ -176,8 +207,27 @@ def _compare(stored: torch.Tensor, computed: torch.Tensor, kind: str) -> tuple[f
     return (log_a.exp() * (log_a - log_b)).sum(1).mean().item(), (a.argmax(1) == b.argmax(1)).double().mean().item()
 
 
+def _require_same_machine(store: Store, manifest: Manifest, settings: Settings, device: str) -> None:
+    """What is written anew must be what was there: the same pixels, on the same kind of device."""
+    if settings.device.type != device:
+        raise FastconError(
+            f"{store.path} was computed on {device}: repair it with --device {device}, other devices round differently"
+        )
+    precompute.check_pixels(store, manifest, settings, exact=True)
+
+
+def _repair_views(store: Store, manifest: Manifest) -> None:
+    for number in range(store.views):
+        try:
+            store.view(number)
+        except FastconError:
+            with stores.open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
+                writer.repair_view(manifest, number)
+
+
 def _repair(store: Store, manifest: Manifest, name: str, damaged: Damaged, settings: Settings) -> None:
     teacher = _teacher(store, name)
+    _require_same_machine(store, manifest, settings, store.teachers[name]["device"])
     settings = _as_computed(store, name, settings)
     used = store.record["pipeline"]
     with stores.open_for_writing(store.path, manifest, store.recipe, store.views, used) as writer:

@@ -135,21 +135,22 @@ def losses_and_gradient(
     statistics = torch.empty(3, rows, heads, dtype=torch.float32, device=student.device)
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
-    _multihead_ce[(rows, heads)](
-        student,
-        teacher,
-        student if gradient is None else gradient,
-        *statistics,
-        places,
-        factors,
-        student.stride(0),
-        teacher.stride(0),
-        student.stride(0) if gradient is None else gradient.stride(0),
-        heads,
-        SIGMOID_KIND=SIGMOID,
-        GRADIENT=needs_gradient,
-        BLOCK=min(triton.next_power_of_2(max(segments.widths)), LARGEST_BLOCK),
-    )
+    with torch.cuda.device_of(student):  # Triton launches on the current device, which need not be the logits'
+        _multihead_ce[(rows, heads)](
+            student,
+            teacher,
+            student if gradient is None else gradient,
+            *statistics,
+            places,
+            factors,
+            student.stride(0),
+            teacher.stride(0),
+            student.stride(0) if gradient is None else gradient.stride(0),
+            heads,
+            SIGMOID_KIND=SIGMOID,
+            GRADIENT=needs_gradient,
+            BLOCK=min(triton.next_power_of_2(max(segments.widths)), LARGEST_BLOCK),
+        )
     losses, entropies, agreement = statistics
     return losses, entropies, agreement, gradient
 

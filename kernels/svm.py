@@ -20,6 +20,7 @@ from torch import Tensor
 GAP = 1e-4
 """Relative duality gap that a solution must reach."""
 _STEPS = 100
+_BLOCK = 1 << 25  # float64 entries of the systems solved at once: 256 MB
 _LENGTHS = tuple(0.5**k for k in range(12))
 
 
@@ -43,7 +44,10 @@ def solve(gram: Tensor, signs: Tensor, cost: float, start: Tensor | None = None)
     n = len(gram)
     ridge = 1 / (2 * cost)
     system = gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise NotConverged(f"K + I / 2C is not positive definite in float64 at C = {cost:g} (n = {n})")
+    inverse = torch.cholesky_inverse(factor)
     beta = signs @ inverse if start is None else start.clone()
     scores = beta @ gram
     open_ = torch.arange(len(signs), device=gram.device)
@@ -124,6 +128,9 @@ def _solve_members(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
     size = int(count.max())
     if size == 0:
         return torch.zeros_like(right)
+    if len(right) > 1 and len(right) * size * size > _BLOCK:
+        halves = zip(members.chunk(2), right.chunk(2), strict=True)
+        return torch.cat([_solve_members(matrix, *half) for half in halves])
     place = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
     filler = torch.arange(size, device=matrix.device) >= count[:, None]
     blocks = matrix[place[:, :, None], place[:, None, :]]

@@ -227,7 +227,7 @@ def test_verify_exits_1_for_a_damaged_store(session, tmp_path):
     (path / "teachers" / "shapes" / "logits" / "c" / "0" / "0" / "0").unlink()
     result = fastcon("verify", path, "--rows", 4, code=1)
     assert "FAILED  shapes: chunks" in result.stdout
-    assert "1 of 6 checks failed" in result.stderr
+    assert "1 of 7 checks failed" in result.stderr
     assert "ok      shapes: chunks" in fastcon("verify", path, "--rows", 4, "--repair").stdout
 
 
@@ -248,3 +248,30 @@ def test_no_space_left_is_one_line(session, folder, tmp_path):
     assert "Traceback" not in out.stderr
     out = subprocess.run([sys.executable, "-m", "fastcon", *args], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_refused_a_result_file_without_a_folder(session, tmp_path):
+    assert "there is no folder" in refusal("info", session / "store", "--json", tmp_path / "no" / "x.json", code=2)
+
+
+def test_refused_both_or_neither_test_part(labelled_folder):
+    for flags in ([], ["--test", labelled_folder, "--holdout", 0.5]):
+        assert "either as --test" in refusal("probe", "x", "--train", labelled_folder, *flags, code=2)
+
+
+def test_a_finished_run_still_reports(session, tmp_path):
+    fastcon(
+        "train", "--store", session / "store", "--out", session / "student", "--epochs", 2, "--json", tmp_path / "j"
+    )
+    assert (
+        json.loads((tmp_path / "j").read_text())["heads"] == json.loads((session / "train.json").read_text())["heads"]
+    )
+
+
+def test_the_demo_stops_where_a_command_fails(tmp_path, monkeypatch):
+    from fastcon import demo
+
+    monkeypatch.setattr(demo, "_render", lambda root: (root / "broad").mkdir(parents=True))
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "d")])
+    assert result.exit_code == 1
+    assert "no images in" in result.stderr

@@ -14,6 +14,7 @@ from PIL import Image
 from fastcon import features, finetune, models, splits
 from fastcon.errors import FastconError
 from fastcon.finetune import Options, teach
+from fastcon.manifest import index
 from fastcon.precompute import Settings
 
 INIT = "torchvision:resnet18?size=32"
@@ -33,7 +34,7 @@ def parts(tmp_path_factory):
             folder = root / f"colour-{k}"
             folder.mkdir(exist_ok=True)
             Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.jpg")
-    return splits.labelled([str(root)], None, 0.3, "none", 0)
+    return splits.labelled(index([root]), None, 0.3, "none", 0)
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,25 @@ def test_the_centre_crop_is_torchvisions_within_a_rounding(proxy):
         image = functional.center_crop(functional.resize(image, round(32 * 256 / 224), antialias=True), 32)
         theirs.append(functional.pil_to_tensor(image))
     assert (ours.int() - torch.stack(theirs).int()).abs().float().mean() < 6
+
+
+def test_other_images_under_the_same_folder_are_another_run(taught, parts):
+    train, test = splits.labelled(parts[0].manifest, None, 0.3, "none", 1)
+    assert (len(train), len(test)) == (len(parts[0]), len(parts[1]))
+    with pytest.raises(FastconError, match="holds another run: train was"):
+        teach(INIT, train, test, str(taught[0]), OPTIONS, SETTINGS)
+
+
+def test_a_diverging_rate_leaves_the_others(parts, tmp_path):
+    said: list[str] = []
+    options = replace(OPTIONS, epochs=1, lr_grid=(0.02, 1e20))
+    result = teach(INIT, *parts, str(tmp_path / "run"), options, SETTINGS, say=said.append)
+    assert result["lr"] == 0.02
+    assert list(result["tried"]) == ["0.02"]
+    assert any("learning rate 1e+20 is out" in line for line in said)
+
+
+def test_a_command_that_was_refused_may_be_corrected(parts, tmp_path):
+    with pytest.raises(FastconError, match="no such weights file"):
+        teach("gone.safetensors", *parts, str(tmp_path / "run"), OPTIONS, SETTINGS)
+    teach(INIT, *parts, str(tmp_path / "run"), replace(OPTIONS, epochs=1), SETTINGS)

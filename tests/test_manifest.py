@@ -234,3 +234,31 @@ def test_select_keeps_names_and_bytes_together(tmp_path):
     some = found.select(np.array([4, 0]))
     assert [some.name(0), some.name(1)] == [found.name(4), found.name(0)]
     assert ImageReader(some).read(1) == ImageReader(found).read(0)
+
+
+def test_tiffs_that_decoders_read_differently_are_rejected(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path / "turned.tif", encoded("TIFF", exif=exif))
+    write(tmp_path / "bilevel.tif", encoded("TIFF", mode="1"))
+    write(tmp_path / "plain.tif", encoded("TIFF"))
+    found = index([tmp_path])
+    assert [name for name, _ in found.rejects] == ["bilevel.tif", "turned.tif"]
+    assert [found.name(i) for i in range(len(found))] == ["plain.tif"]
+
+
+def test_shards_of_one_class_each_keep_their_labels(tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", {f"{name}/1.jpg": encoded(seed=ord(name))})
+    assert index([tmp_path / "a.tar", tmp_path / "b.tar"]).labels.tolist() == [0, 1]
+    assert index([tmp_path / "a.tar"]).classes == []
+
+
+def test_a_damaged_cache_entry_is_made_anew(tmp_path):
+    write(tmp_path / "a.jpg", encoded())
+    first = index([tmp_path])
+    [entry] = [path.parent for path in manifests.cache_folder("manifests").rglob("manifest.json")
+               if str(tmp_path) in path.read_text()]  # fmt: skip
+    (entry / "ids.npy").write_bytes(b"")
+    assert index([tmp_path]).digest == first.digest
+    assert isinstance(index([tmp_path]).ids, np.memmap)

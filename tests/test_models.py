@@ -141,10 +141,17 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
         ("torchvision:resnet18@IMAGENET9K_V1", "no weights 'IMAGENET9K_V1'"),
         ("gone.safetensors", "no such weights file"),
         ("torchvision:resnet18?colour=1", "unknown option 'colour'"),
-        ("torchvision:resnet18?size=big", "not a number"),
+        ("torchvision:resnet18?size=big", "not a whole number"),
         ("torchvision:resnet18?size=2", "outside 8 to 4096"),
         ("torchvision:resnet18?mean=1,2", "not three numbers"),
         ("python:nowhere:model", "No module named 'nowhere'"),
+        ("torchvision:resnet18@pretrained", "name the weights"),
+        ("torchvision:fcn_resnet50@IMAGENET1K_V1", "no classifier 'fcn_resnet50'"),
+        ("torchvision:vit_b_16?size=64", "takes images of 224 px only, not 64"),
+        ("torchvision:resnet18?seed=x", "seed=x is not a whole number"),
+        ("torchvision:resnet18?std=0,1,1", "std=0,1,1 must be above 0"),
+        ("torchvision:resnet18?mean=nan,1,1", "not three numbers"),
+        ("torchvision:resnet18?kind=other", "neither softmax nor sigmoid"),
     ],
 )
 def test_specs_that_name_nothing(spec, message):
@@ -197,3 +204,39 @@ def test_timm_models():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert model(pixels).shape == (2, 2)
     assert model.features(pixels).shape == (2, 512)
+
+
+def test_random_weights_are_the_same_for_the_same_spec():
+    first, again, other = (models.load(f"{ARCHITECTURE}?size=32{seed}").digest() for seed in ("", "&seed=0", "&seed=1"))
+    assert first == again != other
+
+
+def test_a_data_file_does_not_choose_code(tmp_path, monkeypatch):
+    (tmp_path / "chosen.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"architecture": "python:chosen:net"})
+    with pytest.raises(FastconError, match="a network of your own code: give it as python:chosen:net@FILE"):
+        models.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "mps", "cuda"])
+def test_devices_that_are_not_there(device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(FastconError, match=f"--device {device}"):
+        models.choose_device(device)
+
+
+def test_one_of_several_heads(tmp_path, generalist_file):
+    model = models.load(generalist_file)
+    model.replace_heads([model.heads[0], Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "student.safetensors").write_bytes(model.export("head"))
+    (run / "heads.safetensors").write_bytes(model.export_heads())
+    both, one = models.load(run), models.load(f"{run}?head=new")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(one(pixels), both.split(both(pixels))["new"])
+    assert [head.classes for head in one.heads] == [("x", "y")]
+    with pytest.raises(FastconError, match="no head 'z': there are head, new"):
+        models.load(f"{run}?head=z")

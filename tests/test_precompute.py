@@ -182,3 +182,34 @@ def test_sample_pixels_are_kept(store_path):
     assert len(rows) == 64
     assert pixels.shape == (64, 32, 32, 3)
     assert len(set(rows.tolist())) == 64
+
+
+def test_a_store_in_object_storage(proxy, teachers, store_path):
+    """fsspec's in-memory file system stands in for a bucket."""
+    precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 1, SETTINGS)
+    assert precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 2, SETTINGS) == 150
+    remote, local = Store("memory://bucket/store"), Store(store_path)
+    for name in local.teachers:
+        for view in range(2):
+            assert np.array_equal(remote.logits(name, view, 1), local.logits(name, view, 1))
+    assert len(next(iter(Loader(remote, proxy, 32))).pixels) == 32
+
+
+def test_a_teacher_that_failed_at_once_may_come_back_mended(tmp_path, proxy, teachers):
+    broken = models.load(teachers[1].spec)
+    with torch.no_grad():
+        broken.head_module.layer.bias[1] = float("nan")
+    for attempt in (broken, teachers[1].model):
+        mended = attempt is not broken
+        try:
+            precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("a", "x", attempt)], RECIPE, 1, SETTINGS)
+        except FastconError:
+            assert not mended
+    assert Store(tmp_path / "s").done("a").all()
+
+
+def test_a_model_of_several_heads_must_say_which(teachers):
+    model = models.load(teachers[1].spec)
+    model.replace_heads([*model.heads, models.Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
+    with pytest.raises(FastconError, match=r"runs/s has several heads \(head, new\): choose one, as runs/s\?head=head"):
+        Teacher("a", "runs/s", model)

@@ -12,8 +12,9 @@ from fastcon.run import Metrics, Run
 
 
 def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
-    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)})
-    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)})
+    Run(tmp_path / "run", {"command": "train", "epochs": 9})  # only looked at: nothing is written yet
+    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)}).begin()
+    Run(tmp_path / "run", {"command": "train", "epochs": 3, "grid": (1.0, 2.0)}).begin()
     with pytest.raises(FastconError, match="epochs was 3, this call says 4"):
         Run(tmp_path / "run", {"command": "train", "epochs": 4, "grid": (1.0, 2.0)})
 
@@ -45,7 +46,7 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch
 
 
 def test_info_says_when_a_run_is_unfinished(tmp_path):
-    Run(tmp_path / "run", {"command": "train", "method": "consolidate"})
+    Run(tmp_path / "run", {"command": "train", "method": "consolidate"}).begin()
     facts, text = info.describe(str(tmp_path / "run"))
     assert not facts["finished"]
     assert "not finished: run its command again" in text

@@ -45,10 +45,10 @@ def test_holding_out(labels, fraction, seed):
 
 
 def test_the_same_images_stay_aside_in_every_command(labelled_folder):
-    _, everything = splits.labelled([str(labelled_folder)], None, 0.5, "none", 1)
-    _, half = splits.labelled([str(labelled_folder)], None, 0.5, "d", 1)
+    _, everything = splits.labelled(index([labelled_folder]), None, 0.5, "none", 1)
+    _, half = splits.labelled(index([labelled_folder]), None, 0.5, "d", 1)
     assert set(half.indices) < set(everything.indices)
-    train, _ = splits.labelled([str(labelled_folder)], None, 0.5, "d", 1)
+    train, _ = splits.labelled(index([labelled_folder]), None, 0.5, "d", 1)
     assert not set(train.indices) & set(everything.indices)
     assert len(half.classes) == 3
     names = {half.manifest.name(int(i)).split("/")[0] for i in half.indices}
@@ -91,11 +91,9 @@ def test_folds_are_stratified_and_equal(folds, sizes):
     assert np.ptp(per_class.sum(0)) <= 1
 
 
-def test_what_a_command_cannot_use_is_said(labelled_folder, proxy_folder):
-    with pytest.raises(FastconError, match="either as --test IMAGES or as --holdout"):
-        splits.labelled([str(labelled_folder)], None, None, "none", 0)
+def test_what_a_command_cannot_use_is_said(proxy_folder):
     with pytest.raises(FastconError, match=r"holds 0 class\(es\), at least 2 are needed"):
-        splits.labelled([str(proxy_folder)], None, 0.5, "none", 0)
+        splits.labelled(index([proxy_folder]), None, 0.5, "none", 0)
 
 
 KNOWN_T = ["class 3", "class 5", "class 6", "class 7", "class 10"]

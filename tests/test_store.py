@@ -187,3 +187,27 @@ def test_names_that_cannot_be_folders_are_refused(copy, proxy):
         for name in ("../up", "a/b", "", ".hidden", "x" * 65):
             with pytest.raises(FastconError, match="cannot name a teacher"):
                 store.add_teacher(name, {"role": "teacher", "classes": ["a"], "logits": "float16"}, None)
+
+
+def test_the_run_that_creates_a_store_holds_it_too(tmp_path, proxy):
+    with (
+        open_for_writing(tmp_path / "s", proxy, RECIPE, 1, {}),
+        pytest.raises(FastconError, match="being written by process"),
+        open_for_writing(tmp_path / "s", proxy, RECIPE, 1, {}),
+    ):
+        pass
+
+
+def test_leftovers_of_a_killed_write_are_removed(copy, proxy, store_path):
+    (chunk_file(copy).parent / "0.1234.partial").write_bytes(b"half")
+    (copy / "zarr.abcd.partial").write_bytes(b"half")
+    with open_for_writing(copy, proxy, RECIPE, 2, {}):
+        pass
+    assert tree(copy) == tree(store_path)
+
+
+def test_a_store_that_cannot_be_looked_at_is_not_taken_for_none(copy, proxy):
+    (copy / "zarr.json").write_text("{ not json")
+    with pytest.raises(FastconError, match="cannot be looked at"), open_for_writing(copy, proxy, RECIPE, 2, {}):
+        pass
+    assert (copy / "teachers").exists()

@@ -138,7 +138,7 @@ def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_pa
 def test_a_finished_run_is_left_alone_and_another_is_refused(store_path, trained):
     said: list[str] = []
     before = (trained / "student.safetensors").stat().st_mtime_ns
-    assert train(str(store_path), str(trained), QUICK, MACHINE, say=said.append) == {}
+    assert train(str(store_path), str(trained), QUICK, MACHINE, say=said.append)["step"] == 12
     assert "nothing to do" in said[0]
     assert (trained / "student.safetensors").stat().st_mtime_ns == before
     with pytest.raises(FastconError, match=r"holds another run: temperature was 2.0, this call says 3.0"):
@@ -240,7 +240,7 @@ def test_checkpoints_keep_two_and_skip_a_torn_one(tmp_path):
 
 def test_the_run_survives_a_moved_store(store_path, tmp_path, trained):
     moved = shutil.copytree(store_path, tmp_path / "moved")
-    assert train(str(moved), str(trained), QUICK, MACHINE) == {}
+    assert train(str(moved), str(trained), QUICK, MACHINE)["step"] == 12
 
 
 def test_the_seed_sets_new_heads(store_path, tmp_path, trained):

@@ -31,7 +31,8 @@ def test_a_whole_store_passes(store_path):
     checks = verify(str(store_path), None, 60, SETTINGS)
     assert not failed(checks)
     assert [check.what for check in checks] == [
-        "images", "views", "pixels", "general: chunks", "general: rows", "letters: chunks", "letters: rows",
+        "images", "views", "pixels", "general: chunks", "general: weights", "general: rows", "letters: chunks",
+        "letters: rows",
     ]  # fmt: skip
     assert "60 rows computed again" in checks[-1].seen
 
@@ -129,3 +130,61 @@ def test_the_comparison_by_value():
     kl, same = verification._compare(torch.tensor([[2.0, -2.0]]), torch.tensor([[2.0, 2.0]]), "sigmoid")
     assert kl == pytest.approx(float((p * (p / p.flip(0)).log()).sum()) / 2)
     assert same == 0.5
+
+
+def test_only_finished_rows_are_computed_again(copy, proxy, teachers):
+    """A teacher that lacks a chunk and a view that another has: said, not stumbled over."""
+    from conftest import RECIPE
+
+    from fastcon.precompute import precompute
+
+    precompute(str(copy), proxy, teachers[:1], RECIPE, 3, SETTINGS)
+    zarr.open_group(str(copy))["teachers/letters/checksums"][1, 0] = -1
+    seen = failed(verify(str(copy), None, 100, SETTINGS))
+    assert seen == {"letters: chunks": "5 of 9 chunks whole, 4 not computed yet"}
+
+
+def test_repair_wants_the_pixels_and_the_device_that_were_there(copy):
+    chunk_of(copy, 1, 2).unlink()
+    with pytest.raises(FastconError, match="decode differently"):
+        verify(str(copy), None, 8, replace(SETTINGS, loader="torchvision"), repair=True)
+    meta = json.loads((copy / "zarr.json").read_text())
+    meta["attributes"]["fastcon"]["teachers"]["letters"]["device"] = "cuda"
+    (copy / "zarr.json").write_text(json.dumps(meta))
+    with pytest.raises(FastconError, match="was computed on cuda: repair it with --device cuda"):
+        verify(str(copy), None, 8, SETTINGS, repair=True)
+    assert not chunk_of(copy, 1, 2).exists()
+
+
+@pytest.mark.parametrize("name", ["order", "boxes", "flips"])
+def test_a_damaged_view_is_named_and_repaired(copy, store_path, name):
+    [file] = [file for file in (copy / name / "c" / "1").rglob("*") if file.is_file()]
+    file.write_bytes(b"?" + file.read_bytes()[1:])
+    assert "damaged" in failed(verify(str(copy), None, 0, SETTINGS))["views"]
+    assert not failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert tree(copy) == tree(store_path)
+
+
+@pytest.mark.parametrize("part", ["images/ids", "images/digests", "images/names", "images/name_ends"])
+def test_damaged_image_columns_are_named(copy, part):
+    for file in (copy / part / "c").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    assert "missing or damaged" in failed(verify(str(copy), None, 0, SETTINGS))["images"]
+
+
+def test_damaged_weights_are_named_and_written_anew_by_precompute(copy, store_path, proxy, teachers):
+    from conftest import RECIPE
+
+    from fastcon.precompute import precompute
+
+    (copy / "teachers" / "general" / "weights" / "c" / "0").unlink()
+    assert "general: weights" in failed(verify(str(copy), None, 0, SETTINGS))
+    precompute(str(copy), proxy, teachers, RECIPE, 2, SETTINGS)
+    assert tree(copy) == tree(store_path)
+
+
+def test_a_missing_array_is_one_line(copy):
+    (copy / "teachers" / "letters" / "checksums" / "zarr.json").unlink()
+    with pytest.raises(FastconError, match="array 'teachers/letters/checksums' is missing or damaged"):
+        Store(copy).logits("letters", 0, 0)
