@@ -398,7 +398,9 @@ def train(
 @_option("--trials", type=click.IntRange(1), default=50, help="Draws of training images.")
 @_option("--folds", type=click.IntRange(2), default=5, help="Cross-validation folds that choose C.")
 @_option("--c-grid", default="0.001,0.01,0.1,1,10,100,1000", help="Values of C.")
-@_option("--solver", type=click.Choice(["auto", "batched", "sklearn"]), default="auto", help="Who solves the SVMs.")
+@_option(
+    "--solver", type=click.Choice(["auto", "batched", "sklearn", "cuml"]), default="auto", help="Who solves the SVMs."
+)
 @_option(
     "--scale-features", type=click.Choice(["none", "l2"]), default="none", help="Scaling of features (the paper: none)."
 )
@@ -722,6 +724,25 @@ def info(path: str, json_file: str | None) -> None:
 
     facts, text = describe(path)
     _finish(facts, json_file, text)
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["probe"]))
+@_common
+def bench(what: str, json_file: str | None) -> None:
+    """Time fastcon against what a user would pick instead, on the same input, in one run.
+
+    \b
+    fastcon bench probe --json probe.json
+    """
+    from fastcon import bench as stage
+
+    rows = {"probe": stage.bench_probe}[what](_note)
+    for row in rows:
+        click.echo(
+            f"{row['name']}: {row['ours']:.1f} {row['unit']} against {row['theirs']:.1f} {row['unit']}, {row['ratio']:.1f} x"
+        )
+    _finish(stage.record(rows), json_file)
 
 
 @main.command()

@@ -13,19 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastcon import splits
 from fastcon.errors import FastconError
-from fastcon.kernels import svm
+from fastcon.solvers import SOLVERS, Scores
 
 C_GRID = tuple(10.0**k for k in range(-3, 4))
-SOLVERS = ("auto", "batched", "sklearn")
-GRAM_ROWS = 4096
-"""More training rows than this go to scikit-learn's primal solver instead of a Gram matrix."""
-
-Scores = NDArray[np.float64]
+CHOICES = ("auto", *SOLVERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +74,8 @@ def few_shot(
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
     if folds < 2 or trials < 1 or not c_grid or min(c_grid) <= 0 or (shots is not None and shots < 1):
         raise FastconError("a probe needs shots >= 1, trials >= 1, folds >= 2 and values of C above 0")
-    if solver not in SOLVERS:
-        raise FastconError(f"no solver {solver!r}: there are {', '.join(SOLVERS)}")
+    if solver not in CHOICES:
+        raise FastconError(f"no solver {solver!r}: there are {', '.join(CHOICES)}")
     ids = np.arange(len(labels), dtype=np.uint64) if ids is None else ids
     classes = max(classes or 0, int(max(labels.max(), test_labels.max())) + 1)
     smallest = int(np.bincount(labels)[np.unique(labels)].min())
@@ -115,8 +110,8 @@ def _trial(
     train: NDArray, labels: NDArray, test: NDArray, fold: NDArray, classes: int, costs: list[float], solver: str
 ) -> tuple[float, Scores]:
     """Choose C on the folds, fit on all rows, score the test rows [m, classes]."""
-    fit = _fit_sklearn if solver == "sklearn" or (solver == "auto" and len(train) > GRAM_ROWS) else _fit_batched
-    train, test = _in_span(np.asarray(train, np.float64), np.asarray(test))
+    fit = SOLVERS["batched" if solver == "auto" else solver]
+    train, test = _in_span(train, test)
     accuracy = np.zeros((len(np.unique(fold)), len(costs)))
     for k, number in enumerate(np.unique(fold)):
         inside, outside = fold != number, fold == number
@@ -132,43 +127,11 @@ def _trial(
     return costs[best], scores
 
 
-def _fit_batched(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    """Decision values [m, classes] of `rows` for every C, with the Newton solver over the Gram matrix."""
-    x = torch.from_numpy(train)
-    gram = x @ x.T + 1
-    signs = torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
-    across = torch.from_numpy(rows) @ x.T + 1
-    out, beta = [], None
-    for cost in costs:
-        try:
-            beta, _ = svm.solve(gram, signs, cost, beta)
-        except ArithmeticError as error:  # not converged, or not positive definite
-            raise FastconError(
-                f"the SVMs did not reach their optimum ({error}): leave C = {cost:g} out of the grid, or scale the features"
-            ) from error
-        out.append((across @ beta.T).numpy())
-    return out
-
-
-def _fit_sklearn(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    """The same with scikit-learn's LinearSVC; a class without a row scores below every other."""
-    from sklearn.svm import LinearSVC
-
-    present = np.unique(labels)
-    out = []
-    for cost in costs:
-        model = LinearSVC(C=cost, dual=len(train) <= train.shape[1], tol=1e-6, max_iter=100_000).fit(train, labels)
-        values = model.decision_function(rows)
-        scores = np.full((len(rows), classes), -np.inf)
-        scores[:, present] = np.stack([-values, values], 1) if values.ndim == 1 else values
-        out.append(scores)
-    return out
-
-
 def _in_span(train: NDArray, test: NDArray) -> tuple[NDArray, NDArray]:
     """Coordinates in the span of the training rows, where w lies, if that is smaller than the feature space."""
     if len(train) >= train.shape[1]:
-        return train, np.asarray(test, np.float64)
+        return train, test
+    train = np.asarray(train, np.float64)
     basis = np.linalg.qr(train.T)[0]  # [D, n], orthonormal
     return train @ basis, np.asarray(test @ basis.astype(test.dtype), np.float64)
 

@@ -16,7 +16,7 @@ from conftest import make_model
 
 from fastcon.cli import main
 
-COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "demo"]
+COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "bench", "demo"]
 
 
 def fastcon(*args, code: int = 0):

@@ -38,7 +38,7 @@ def imported(path: Path) -> set[str]:
         ("zarr", {"store"}),
         ("nvidia", {"pipeline"}),
         ("triton", {"multihead_ce_triton"}),
-        ("sklearn", {"probe", "render"}),
+        ("sklearn", {"solvers", "render", "bench"}),
         ("tarfile", {"sources"}),
     ],
 )

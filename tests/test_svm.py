@@ -89,3 +89,27 @@ def test_too_few_steps_are_an_error_and_not_a_result(monkeypatch):
     monkeypatch.setattr(svm, "_STEPS", 1)
     with pytest.raises(svm.NotConverged, match="relative duality gap"):
         svm.solve(gram, signs, 100.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 16), (6, 60, 30), (2, 100, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_primal_reaches_the_same_optimum(shape, dtype):
+    x, y, gram, signs = problem(*shape)
+    weights = None
+    for cost in (1e-3, 1e-1, 10.0):
+        weights, gap = svm.solve_primal(torch.from_numpy(x).to(dtype), torch.from_numpy(y), shape[0], cost, weights)
+        scores = weights.double() @ torch.from_numpy(np.c_[x, np.ones(len(x))]).T
+        slack = (1 - signs * scores).clamp_min(0)
+        ours = 0.5 * weights.double().square().sum(1) + cost * slack.square().sum(1)
+        beta, _ = svm.solve(gram, signs, cost)
+        best = svm.objective(signs, cost, beta, beta @ gram)
+        assert (gap <= svm.GAP).all()
+        assert ((ours - best) / best <= gap + 1e-5).all()  # the gap certifies the distance
+        assert ((ours - best) / best).max() < 1e-3
+
+
+def test_blocks_of_problems_do_not_show(monkeypatch):
+    _, _, gram, signs = problem()
+    whole = svm.solve(gram, signs, 1.0).beta
+    monkeypatch.setattr(svm, "_BLOCK", 400)
+    torch.testing.assert_close(svm.solve(gram, signs, 1.0).beta, whole)

@@ -1,0 +1,77 @@
+"""Solvers side by side: one objective, and a scikit-learn estimator that keeps scikit-learn's rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from test_probe import clusters
+
+from fastcon import solvers
+from fastcon.errors import FastconError
+from fastcon.solvers import LinearSVM
+
+
+@parametrize_with_checks([LinearSVM()])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("images", [2, 12])  # fewer rows than features, and more
+def test_parity_with_scikit_learn(images):
+    x, y = clusters(images=images)
+    rows, _ = clusters(images=30, seed=1)
+    x, rows = x.astype(np.float64), rows.astype(np.float64)
+    for ours, theirs in zip(
+        solvers.batched(x, y, rows, 6, [1e-3, 1e-1]), solvers.sklearn(x, y, rows, 6, [1e-3, 1e-1]), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-2)
+        assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuML fits on an NVIDIA GPU only")
+def test_parity_of_cuml():
+    pytest.importorskip("cuml")
+    x, y = clusters()
+    [ours], [theirs] = (solver(x, y, x, 6, [1e-2]) for solver in (solvers.batched, solvers.cuml))
+    np.testing.assert_allclose(ours, theirs, atol=5e-2)
+
+
+def test_cuml_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    x, y = clusters()
+    with pytest.raises(FastconError, match="needs an NVIDIA GPU"):
+        solvers.cuml(x, y, x, 6, [1.0])
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_estimator_is_linear_svc(classes):
+    x, y = clusters(classes=classes)
+    names = np.array([f"class {k}" for k in range(classes)])[y]
+    x = x.astype(np.float64)
+    ours, theirs = LinearSVM(C=0.01).fit(x, names), LinearSVC(C=0.01, tol=1e-9, max_iter=100_000).fit(x, names)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=2e-3)
+    np.testing.assert_allclose(ours.intercept_, theirs.intercept_, atol=2e-3)
+    assert ours.duality_gap_.max() <= 1e-4
+    assert (ours.predict(x) == theirs.predict(x)).all()
+    assert ours.decision_function(x).shape == theirs.decision_function(x).shape
+
+
+def test_an_optimum_out_of_reach_is_an_error():
+    x, y = clusters(images=3)
+    with pytest.raises(FastconError, match="did not reach their optimum"):
+        solvers.batched(x.astype(np.float64) * 1e9, y, x, 6, [1e6])
+
+
+def test_many_rows_go_to_the_primal_and_agree(monkeypatch):
+    x, y = clusters(images=60)
+    rows, _ = clusters(images=30, seed=1)
+    costs = [1e-3, 1e-1, 10.0, 1000.0]
+    exact = solvers.batched(x, y, rows, 6, costs)
+    monkeypatch.setattr(solvers, "GRAM_ROWS", 0)
+    monkeypatch.setattr(solvers, "_over_gram", lambda *_: pytest.fail("the Gram matrix was used"))
+    for ours, theirs in zip(solvers.batched(x, y, rows, 6, costs), exact, strict=True):
+        assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.98
