@@ -44,10 +44,15 @@ def record(rows: list[Row]) -> dict[str, Any]:
 def features_like_resnets(
     classes: int, images: int, width: int, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Synthetic features [classes * images, width] as a ResNet's are: non-negative, sparse, of norm about 25."""
-    random = np.random.default_rng(seed)
-    centres = np.random.default_rng(12345).normal(0, 0.35, (classes, 1, width))
-    x = np.maximum(centres + random.normal(0, 1, (classes, images, width)), 0).reshape(-1, width)
+    """Synthetic features [classes * images, width] as a ResNet's are: non-negative, of norm about 25, strongly correlated.
+
+    A common mean, 64 directions of falling strength in which classes differ and overlap, a little noise of each feature.
+    """
+    world, random = np.random.default_rng(12345), np.random.default_rng(seed)
+    directions = world.normal(0, 0.5, (64, width)) / np.sqrt(np.arange(1, 65))[:, None]
+    centres, mean = world.normal(0, 0.6, (classes, 1, 64)), np.abs(world.normal(0, 1, width))
+    inner = centres + random.normal(0, 1, (classes, images, 64))
+    x = np.maximum(mean + inner @ directions + random.normal(0, 0.2, (classes, images, width)), 0).reshape(-1, width)
     return (x * (25 / np.linalg.norm(x, axis=1).mean())).astype(np.float32), np.repeat(np.arange(classes), images)
 
 

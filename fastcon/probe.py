@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastcon import splits
@@ -20,6 +24,7 @@ from fastcon.errors import FastconError
 from fastcon.solvers import SOLVERS, Scores
 
 C_GRID = tuple(10.0**k for k in range(-3, 4))
+T = TypeVar("T")
 CHOICES = ("auto", *SOLVERS)
 
 
@@ -85,25 +90,36 @@ def few_shot(
             "its one-vs-rest problem has no positive row",
             stacklevel=2,
         )
-    accuracies, chosen, per_class = [], [], []
-    for trial in range(trials if shots is not None else 1):
+
+    def run(trial: int) -> tuple[float, NDArray[np.bool_]]:
         rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
-        cost, scores = _trial(
-            features[rows],
-            labels[rows],
-            test_features,
-            splits.fold_of(ids[rows], labels[rows], folds, seed, trial),
-            classes,
-            sorted(c_grid),
-            solver,
-        )
-        right = scores.argmax(1) == test_labels
+        fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
+        cost, scores = _trial(features[rows], labels[rows], test_features, fold, classes, sorted(c_grid), solver)
+        return cost, scores.argmax(1) == test_labels
+
+    count = trials if shots is not None else 1
+    accuracies, chosen, per_class = [], [], []
+    for trial, (cost, right) in enumerate(_side_by_side(run, count), 1):
         accuracies.append(float(right.mean()))
         chosen.append(cost)
         per_class.append(_by_class(right, test_labels, classes))
         if progress:
-            progress(trial + 1, trials if shots is not None else 1)
+            progress(trial, count)
     return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist())
+
+
+def _side_by_side(run: Callable[[int], T], count: int) -> Iterator[T]:
+    """Trials in order, one a core: many small systems gain more from that than from threads inside each."""
+    if count == 1:
+        yield run(0)
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(run, range(count))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _trial(

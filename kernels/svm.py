@@ -146,7 +146,7 @@ def _solve_members(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
     blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
     blocks.diagonal(dim1=1, dim2=2).masked_fill_(filler, 1)
     vector = right.gather(1, place).masked_fill_(filler, 0)
-    solved = torch.cholesky_solve(vector[..., None], torch.linalg.cholesky(blocks))[..., 0]
+    solved = torch.cholesky_solve(vector[..., None], torch.linalg.cholesky_ex(blocks)[0])[..., 0]
     return torch.zeros_like(right).scatter_(1, place, solved.masked_fill(filler, 0))
 
 
