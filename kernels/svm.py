@@ -22,6 +22,7 @@ GAP = 1e-4
 _STEPS = 100
 _STEPS_FLOAT32 = 25
 _INNER_STEPS = 400
+_GROUP = 16  # problems of like size solved at once, so that padding them to the largest costs little
 _BLOCK = 1 << 25  # float64 entries of the systems solved at once: 256 MB
 _LENGTHS = tuple(0.5**k for k in range(12))
 
@@ -137,16 +138,21 @@ def _solve_members(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
     size = int(count.max())
     if size == 0:
         return torch.zeros_like(right)
-    if len(right) > 1 and len(right) * size * size > _BLOCK:
-        halves = zip(members.chunk(2), right.chunk(2), strict=True)
-        return torch.cat([_solve_members(matrix, *half) for half in halves])
+    group = max(min(_GROUP, _BLOCK // size**2), 1)
+    if len(right) > group:
+        out = torch.zeros_like(right)
+        for some in count.argsort().split(group):
+            out[some] = _solve_members(matrix, members[some], right[some])
+        return out
     place = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
     filler = torch.arange(size, device=matrix.device) >= count[:, None]
     blocks = matrix[place[:, :, None], place[:, None, :]]
     blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
     blocks.diagonal(dim1=1, dim2=2).masked_fill_(filler, 1)
     vector = right.gather(1, place).masked_fill_(filler, 0)
-    solved = torch.cholesky_solve(vector[..., None], torch.linalg.cholesky_ex(blocks)[0])[..., 0]
+    factor = torch.linalg.cholesky_ex(blocks)[0]
+    halfway = torch.linalg.solve_triangular(factor, vector[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)[..., 0]
     return torch.zeros_like(right).scatter_(1, place, solved.masked_fill(filler, 0))
 
 
