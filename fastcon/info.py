@@ -35,7 +35,7 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
         finished = store.done(name)
         done[name] = float(finished.mean())
         lines.append(
-            f"  {teacher['role']:10}{name}: {len(teacher['classes'])} classes, {teacher['architecture']}, "
+            f"  {teacher['role']:11}{name}: {len(teacher['classes'])} classes, {teacher['architecture']}, "
             f"{teacher['size']} px, {teacher['logits']} logits, {teacher['precision']}, {done[name]:.0%} done"
         )
     return {"kind": "store", "done": done, **{k: v for k, v in record.items() if k != "view_digests"}}, "\n".join(lines)
