@@ -102,8 +102,8 @@ def default_lanes(batch_size: int) -> int:
 class Loader:
     """Yields `Batch`es of a store: pixels as the teachers saw them, and what each teacher said of them.
 
-    Iterating runs through one epoch after the other, `epochs` in all, from epoch `start_epoch`; `batches` gives finer control. Opening
-    checks that these are the store's images and that they decode to the pixels the store recorded.
+    Iterating runs through `epochs` epochs from `start_epoch` on; `batches` gives finer control. Opening checks that these
+    are the store's images and that they decode to the pixels the store recorded.
     """
 
     def __init__(
