@@ -457,12 +457,12 @@ def probe(
     rows = []
     for spec, model in zip(backbones, loaded, strict=True):
         model.on(settings.device)
+        bar = _Bar(f"features {spec}", "images")
         arrays = [
-            _scaled(
-                features(model, part.manifest, settings, side, _Bar("features", "images"))[part.indices], scale_features
-            )
+            _scaled(features(model, part.manifest, settings, side, bar)[part.indices], scale_features)
             for part in (train_set, test_set)
         ]
+        bar.close()
         bar = _Bar(f"probe {spec}", "trials")
         result = stage.few_shot(
             arrays[0],
