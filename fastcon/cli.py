@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the 
 
 
 class _Group(click.Group):
-    """Prints fastcon's errors as one line, and nothing else of them."""
+    """Prints fastcon's errors and warnings as one line each, and nothing else of them."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
         try:
             return super().invoke(ctx)
         except Interrupted as error:
@@ -36,6 +39,8 @@ class _Group(click.Group):
                 err=True,
             )
             ctx.exit(EXIT_ERROR)
+        finally:
+            warnings.showwarning = shown
 
 
 def _from_file(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
