@@ -70,15 +70,7 @@ def center_crops(
             boxes = views.center_boxes(manifest.widths[here], manifest.heights[here])
             yield Request(here, boxes, np.zeros(len(here), dtype=np.uint8))
 
-    decoded = pipeline.decode(
-        manifest,
-        requests(),
-        [size],
-        batch_size=settings.batch_size,
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
-    )
+    decoded = pipeline.decode(manifest, requests(), [size], settings)
     for rows, pixels in zip(slices, decoded, strict=True):
         yield rows, pixels[size]
 

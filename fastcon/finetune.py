@@ -255,14 +255,8 @@ def _batches(
                 rows = order[step * options.batch_size : (step + 1) * options.batch_size]
                 yield Request(train.indices[rows], boxes[rows], flips[rows]), train.labels[rows]
 
-    decoded = pipeline.decode(
-        train.manifest,
-        (request for request, _ in plan()),
-        [size],
-        batch_size=options.batch_size,
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
-    )
+    requests = (request for request, _ in plan())
+    settings = dataclasses.replace(settings, batch_size=options.batch_size)
+    decoded = pipeline.decode(train.manifest, requests, [size], settings)
     for pixels, (_, labels) in zip(decoded, plan(), strict=True):
         yield pixels[size], torch.from_numpy(labels).to(settings.device, non_blocking=True)

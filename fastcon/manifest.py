@@ -82,8 +82,14 @@ class Manifest:
     """(name, reason) of what could not be decoded."""
     sources: list[str]
 
+    side = None  # images differ in size: see pipeline.Images
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def reader(self) -> ImageReader:
+        """What reads the images' bytes."""
+        return ImageReader(self)
 
     def name(self, index: int) -> str:
         """The image's name relative to its source (tar members: SHARD/MEMBER)."""
@@ -108,18 +114,19 @@ class Manifest:
 
 
 class ImageReader:
-    """Reads the encoded bytes of images and checks each against its recorded size and digest.
-
-    Safe to call from several threads. Raises FastconError naming the first image that differs.
-    """
+    """Reads the encoded bytes of images and checks each against its recorded size and digest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._files: dict[int, int] = {}
         self._opening = threading.Lock()
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
-    def read(self, index: int) -> bytes:
-        """The bytes of one image."""
+    def read(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """The bytes of some images, [size] each. Raises FastconError naming the first that differs."""
+        return list(self._pool.map(self._checked, indices))
+
+    def _checked(self, index: int) -> NDArray[np.uint8]:
         manifest = self.manifest
         try:
             data = self._bytes(index)
@@ -134,7 +141,7 @@ class ImageReader:
                 f"since it was indexed ({manifest.sizes[index]} bytes then, {len(data)} now or other "
                 "content): restore it, or start from the new images with a new store"
             )
-        return data
+        return np.frombuffer(data, dtype=np.uint8)
 
     def _bytes(self, index: int) -> bytes:
         manifest = self.manifest
@@ -148,7 +155,8 @@ class ImageReader:
         return os.pread(self._files[container], int(manifest.sizes[index]), offset)
 
     def close(self) -> None:
-        """Close the tar files; reading again opens them anew."""
+        """Close the tar files and end the threads."""
+        self._pool.shutdown()
         while self._files:
             os.close(self._files.popitem()[1])
 

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcon.errors import FastconError
-from fastcon.manifest import ImageReader, Manifest
 
 T = TypeVar("T")
 LOADERS = ("dali", "torchvision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to decode, as opposed to what: images a batch at most, where, by whom, with how many threads."""
+
+    batch_size: int = 128
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    loader: str = "dali"
+    threads: int | None = None
+
+    @property
+    def cores(self) -> int:
+        """Decoding threads: by default one a core."""
+        return self.threads or len(os.sched_getaffinity(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,35 +52,60 @@ class Request:
     boxes: NDArray[np.int32]
     flips: NDArray[np.uint8]
 
+    @classmethod
+    def whole(cls, indices: NDArray[np.integer], side: int) -> Request:
+        """Images that are squares of `side`, as they are."""
+        boxes = np.tile(np.array([0, 0, side, side], dtype=np.int32), (len(indices), 1))
+        return cls(indices, boxes, np.zeros(len(indices), dtype=np.uint8))
 
+    def __getitem__(self, which: slice) -> Request:
+        return Request(self.indices[which], self.boxes[which], self.flips[which])
+
+
+Requests = Iterator[Request]
 Pixels = dict[int, Tensor]
 """Side length → uint8 [B, 3, side, side] in channels-last memory."""
+Data = NDArray[np.uint8]
+"""The encoded bytes of an image."""
 
 
-def decode(
-    manifest: Manifest,
-    requests: Iterable[Request],
-    sizes: Sequence[int],
-    *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    loader: str = "dali",
-    threads: int | None = None,
-) -> Iterator[Pixels]:
-    """Decode, crop, resize and flip each request, in order; a request has at most `batch_size` images.
+class Reader(Protocol):
+    """Hands out encoded bytes, checked; from one thread at a time. Raises FastconError for what it cannot find."""
 
-    Each box is resized to every one of `sizes`. Bytes are read, and checked against the manifest, in a
+    def read(self, indices: Sequence[int]) -> list[Data]:
+        """The bytes of some images."""
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+
+
+class Images(Protocol):
+    """What can be decoded from: a manifest, or the baked views of a store."""
+
+    side: int | None
+    """Every image is a square of this side, taken whole and unmirrored; None: boxes and flips say."""
+
+    def name(self, index: int) -> str:
+        """What to call an image."""
+
+    def reader(self) -> Reader:
+        """Open it."""
+
+
+def decode(images: Images, requests: Iterable[Request], sizes: Sequence[int], options: Options) -> Iterator[Pixels]:
+    """Decode, crop, resize and flip each request, in order; a request has at most `options.batch_size` images.
+
+    Each box is resized to every one of `sizes`. Bytes are read, and checked against what is recorded of them, in a
     background thread ahead of decoding. Raises FastconError where an image changed or does not decode.
     """
-    threads = threads or len(os.sched_getaffinity(0))
-    reader = ImageReader(manifest)
+    reader = images.reader()
     recent: deque[Encoded] = deque(maxlen=6)  # what a failure may be about
-    encoded = prefetch(_remembered(_read(reader, requests, threads), recent), depth=2)
+    encoded = prefetch(_remembered(_read(reader, requests), recent), depth=2)
+    plan = _Plan(sorted(set(sizes)), images.side, options)
     try:
-        graph = {"dali": _dali, "torchvision": _torchvision}[loader]
-        yield from graph(encoded, sorted(set(sizes)), batch_size, torch.device(device), threads)
+        yield from GRAPHS[options.loader](encoded, plan)
     except _Undecodable as error:
-        raise FastconError(_culprit(manifest, recent, loader, torch.device(device)) or str(error)) from error
+        raise FastconError(_culprit(images, recent, plan) or str(error)) from error
     finally:
         encoded.close()
         reader.close()
@@ -147,7 +186,16 @@ class Prefetch(Iterator[T]):
         self._thread.join()
 
 
-Encoded = tuple[Request, list[NDArray[np.uint8]]]
+Encoded = tuple[Request, list[Data]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a graph makes of encoded images: sides to resize to, the side they all have (or None), options."""
+
+    sizes: list[int]
+    side: int | None
+    options: Options
 
 
 class _Undecodable(Exception):
@@ -160,38 +208,34 @@ def _remembered(encoded: Iterator[Encoded], recent: deque[Encoded]) -> Iterator[
         yield item
 
 
-def _culprit(manifest: Manifest, recent: Iterable[Encoded], loader: str, device: torch.device) -> str | None:
+def _culprit(images: Images, recent: Iterable[Encoded], plan: _Plan) -> str | None:
     """Decode the images of the last batches one by one and name the first that fails."""
-    graph = {"dali": _dali, "torchvision": _torchvision}[loader]
+    alone = dataclasses.replace(plan, options=dataclasses.replace(plan.options, batch_size=1, threads=1))
     for request, data in list(recent):
         for k, index in enumerate(request.indices):
-            alone = Request(request.indices[k : k + 1], request.boxes[k : k + 1], request.flips[k : k + 1])
             try:
-                list(graph(iter([(alone, [data[k]])]), [8], 1, device, 1))
+                list(GRAPHS[plan.options.loader](iter([(request[k : k + 1], [data[k]])]), alone))
             except _Undecodable as error:
                 return (
-                    f"image {manifest.name(int(index))!r} does not decode ({error}): remove it, or leave out "
+                    f"image {images.name(int(index))!r} does not decode ({error}): remove it, or leave out "
                     "--trust-images so that indexing leaves it out"
                 )
     return None
 
 
-def _read(reader: ImageReader, requests: Iterable[Request], threads: int) -> Iterator[Encoded]:
-    with ThreadPoolExecutor(threads) as pool:
-        for request in requests:
-            data = pool.map(reader.read, [int(i) for i in request.indices])
-            yield request, [np.frombuffer(item, dtype=np.uint8) for item in data]
+def _read(reader: Reader, requests: Iterable[Request]) -> Iterator[Encoded]:
+    for request in requests:
+        yield request, reader.read(request.indices.tolist())
 
 
-def _dali(
-    encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
-) -> Iterator[Pixels]:
+def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
     _dali_module()
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali import types as dali_types
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     types: Any = dali_types  # its names are made at import, where no type checker sees them
+    sizes, device = plan.sizes, plan.options.device
     on_gpu = device.type == "cuda"
     failure: list[BaseException] = []
 
@@ -205,9 +249,12 @@ def _dali(
             raise StopIteration from error
         return data, request.boxes.astype(np.int32, copy=False), request.flips.astype(np.int32)
 
+    def resize(images: Any, side: int) -> Any:
+        return fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
+
     @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
+        batch_size=plan.options.batch_size,
+        num_threads=plan.options.cores,
         device_id=device.index or 0 if on_gpu else None,  # type: ignore[arg-type]
         prefetch_queue_depth=2,
     )
@@ -217,6 +264,10 @@ def _dali(
             source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 0]
         )
         common = {"output_type": types.RGB, "adjust_orientation": False}
+        if plan.side is not None:
+            kind = {"device": "mixed", "hw_decoder_load": 0.0} if on_gpu else {"device": "cpu"}
+            images = fn.decoders.image(jpegs, **kind, **common)
+            return tuple(images if s == plan.side else resize(images, s) for s in sizes)
         if on_gpu:
             # Whole image, then the box: nvImageCodec's region decoding crashed on Hopper (its issue 55). No share
             # for the hardware decoder, whose pixels differ from the CUDA one's.
@@ -224,10 +275,7 @@ def _dali(
             images = fn.slice(images, box[:2], box[2:], axes=[0, 1])
         else:
             images = fn.decoders.image_slice(jpegs, box[:2], box[2:], axes=[0, 1], device="cpu", **common)
-        resized: list[Any] = [
-            fn.resize(images, size=[s, s], interp_type=types.INTERP_LINEAR, antialias=True) for s in sizes
-        ]
-        return tuple(fn.flip(image, horizontal=flip) for image in resized)
+        return tuple(fn.flip(resize(images, s), horizontal=flip) for s in sizes)
 
     pipe = graph()
     pipe.build()
@@ -249,22 +297,25 @@ def _dali(
         yield batch
 
 
-def _torchvision(
-    encoded: Iterator[Encoded], sizes: list[int], batch_size: int, device: torch.device, threads: int
-) -> Iterator[Pixels]:
-    with ThreadPoolExecutor(threads) as pool:
+def _torchvision(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
+    with ThreadPoolExecutor(plan.options.cores) as pool:
         for request, data in encoded:
             try:
-                images = list(pool.map(_crop, data, request.boxes, request.flips, [sizes] * len(data)))
+                images = list(pool.map(_crop, data, request.boxes, request.flips, [plan.sizes] * len(data)))
             except (OSError, ValueError) as error:  # Pillow's errors of bad content
                 raise _Undecodable(f"Pillow: {' '.join(str(error).split())[:200]}") from error
             yield {
-                size: torch.from_numpy(np.stack([image[k] for image in images])).to(device).permute(0, 3, 1, 2)
-                for k, size in enumerate(sizes)
+                size: torch.from_numpy(np.stack([image[k] for image in images]))
+                .to(plan.options.device)
+                .permute(0, 3, 1, 2)
+                for k, size in enumerate(plan.sizes)
             }
 
 
-def _crop(data: NDArray[np.uint8], box: NDArray[np.int32], flip: int, sizes: list[int]) -> list[NDArray[np.uint8]]:
+GRAPHS = {"dali": _dali, "torchvision": _torchvision}
+
+
+def _crop(data: Data, box: NDArray[np.int32], flip: int, sizes: list[int]) -> list[NDArray[np.uint8]]:
     from torchvision.transforms.v2 import functional
 
     top, left, height, width = (int(value) for value in box)

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon import models, pipeline, views
+from fastcon import bake, models, pipeline, views
 from fastcon import store as stores
+from fastcon.codec import Parts, codec
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest
 from fastcon.models import Classifier
 from fastcon.pipeline import Request
+from fastcon.replay import Replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,10 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to compute, as opposed to what: device, precision, batch size, loader, threads, stored type."""
+class Settings(pipeline.Options):
+    """How to decode and compute: besides `Options`, the precision of the networks and the codec of the logits."""
 
-    batch_size: int = 128
-    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     precision: str = "float32"
-    loader: str = "dali"
-    threads: int | None = None
     logits: str = "float16"
 
 
@@ -76,6 +74,10 @@ def precompute(
     started = time.perf_counter()
     used = pipeline.settings(settings.loader, settings.device)
     with stores.open_for_writing(path, manifest, recipe, view_count, used) as store:
+        if recipe.bake is not None:
+            unbaked = bake.missing(store, view_count)
+            if unbaked:
+                bake.bake(store, manifest, unbaked, settings, progress)
         if store.record["samples_digest"] is None:
             stores.set_samples(store, decode_samples(store, manifest, settings))
         else:
@@ -100,35 +102,31 @@ def precompute(
         return rows
 
 
-def decode_samples(store: stores.Store, manifest: Manifest, settings: Settings) -> NDArray[np.uint8]:
+def decode_samples(
+    store: stores.Store, manifest: Manifest | None, options: pipeline.Options
+) -> NDArray[np.uint8]:
     """Decode the store's sample rows: uint8 [k, size, size, 3]."""
-    view = store.view(0)
+    replay = Replay(store, manifest)
     rows = stores.sample_rows(store)
-    request = Request(view.order[rows], view.boxes[rows], view.flips[rows])
     size = store.recipe.size
-    [pixels] = pipeline.decode(
-        manifest,
-        [request],
-        [size],
-        batch_size=len(rows),
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
-    )
+    options = dataclasses.replace(options, batch_size=len(rows))
+    [pixels] = pipeline.decode(replay.images, [replay.request(0, rows)], [size], options)
     return pixels[size].permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def check_pixels(store: stores.Store, manifest: Manifest, settings: Settings, exact: bool) -> str | None:
+def check_pixels(
+    store: stores.Store, manifest: Manifest | None, options: pipeline.Options, exact: bool
+) -> str | None:
     """Decode the sample rows again and compare them with the stored pixels.
 
     None: equal. A warning to show: within 0.5 of 255 on average. Raises FastconError beyond, or with `exact` for
     any difference.
     """
     _, stored = store.samples()
-    difference = float(np.abs(decode_samples(store, manifest, settings).astype(np.int16) - stored).mean())
+    difference = float(np.abs(decode_samples(store, manifest, options).astype(np.int16) - stored).mean())
     if difference == 0:
         return None
-    was, now = store.record["pipeline"], pipeline.settings(settings.loader, settings.device)
+    was, now = store.record["pipeline"], pipeline.settings(options.loader, options.device)
     changed = ", ".join(
         f"{key} {was.get(key)} → {now.get(key)}" for key in sorted({*was, *now}) if was.get(key) != now.get(key)
     )
@@ -161,15 +159,7 @@ def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, 
     slices = [slice(at, at + settings.batch_size) for at in range(0, len(indices), settings.batch_size)]
     requests = [Request(indices[rows], boxes[rows], flips[rows]) for rows in slices]
     start = 0.0
-    decoded = pipeline.decode(
-        manifest,
-        requests,
-        [teacher.model.size for teacher in teachers],
-        batch_size=settings.batch_size,
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
-    )
+    decoded = pipeline.decode(manifest, requests, [teacher.model.size for teacher in teachers], settings)
     for k, pixels in enumerate(decoded):
         for teacher in teachers:
             run_teacher(teacher.model, pixels[teacher.model.size], settings)
@@ -214,27 +204,21 @@ def fill(
         teacher.model.on(settings.device)
     batches = [(view, chunk, rows) for view, chunk in work for rows in batches_of(store, chunk, settings.batch_size)]
     total, done = sum(rows.stop - rows.start for *_, rows in batches), 0
-    decoded = pipeline.decode(
-        manifest,
-        _requests(store, batches),
-        [teacher.model.size for teacher in teachers],
-        batch_size=settings.batch_size,
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
-    )
-    parts: dict[str, list[NDArray[Any]]] = {}
+    replay = Replay(store, manifest)
+    requests = (replay.request(view, rows) for view, _, rows in batches)
+    decoded = pipeline.decode(replay.images, requests, [teacher.model.size for teacher in teachers], settings)
+    pieces: dict[str, list[Parts]] = {}
     with _Writer(store) as writer:
         for (view, chunk, rows), pixels in zip(batches, decoded, strict=True):
             for teacher in teachers:
                 if missing[teacher.name][view, chunk]:
-                    logits = run_teacher(teacher.model, pixels[teacher.model.size], settings)
-                    _check_finite(logits, teacher, store, manifest, view, rows)
-                    parts.setdefault(teacher.name, []).append(logits)
+                    parts = run_teacher(teacher.model, pixels[teacher.model.size], settings)
+                    _check_finite(parts, teacher, store, manifest, view, rows)
+                    pieces.setdefault(teacher.name, []).append(parts)
             if rows.stop == store.chunk_range(chunk)[1]:
-                for name, pieces in parts.items():
-                    writer.put((name, view, chunk, np.concatenate(pieces)))
-                parts = {}
+                for name, found in pieces.items():
+                    writer.put((name, view, chunk, {p: np.concatenate([f[p] for f in found]) for p in found[0]}))
+                pieces = {}
             done += rows.stop - rows.start
             if progress:
                 progress(done, total)
@@ -246,32 +230,25 @@ def batches_of(store: stores.Store, chunk: int, batch_size: int) -> list[slice]:
     return [slice(at, min(at + batch_size, stop)) for at in range(start, stop, batch_size)]
 
 
-def _requests(store: stores.Store, batches: list[tuple[int, int, slice]]) -> Iterator[Request]:
-    at, view = -1, None
-    for number, _, rows in batches:
-        if view is None or number != at:
-            at, view = number, store.view(number)
-        yield Request(view.order[rows], view.boxes[rows], view.flips[rows])
-
-
 @torch.inference_mode()
-def run_teacher(model: Classifier, pixels: torch.Tensor, settings: Settings) -> NDArray[Any]:
-    """Raw logits [B, C] of one batch as they are stored: heads in float32, rounded once to the stored type."""
+def run_teacher(model: Classifier, pixels: torch.Tensor, settings: Settings) -> Parts:
+    """Raw logits of one batch, computed by heads in float32, in the parts that are stored."""
     with models.precision_context(settings.precision, settings.device):
         logits = model(pixels)
-    return logits.to(getattr(torch, settings.logits)).cpu().numpy()
+    return {part: rows.cpu().numpy() for part, rows in codec(settings.logits).encode(logits).items()}
 
 
 def _check_finite(
-    logits: NDArray[Any], teacher: Teacher, store: stores.Store, manifest: Manifest, view: int, rows: slice
+    parts: Parts, teacher: Teacher, store: stores.Store, manifest: Manifest, view: int, rows: slice
 ) -> None:
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(bad):
-        image = manifest.name(int(store.view(view).order[rows.start + bad[0]]))
-        raise FastconError(
-            f"teacher {teacher.name!r} gives NaN, infinite or {logits.dtype}-overflowing logits for image "
-            f"{image!r} (view {view}): check its weights, or try --precision float32 --logits float32"
-        )
+    for part in parts.values():
+        bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+        if len(bad):
+            image = manifest.name(int(store.view(view).order[rows.start + bad[0]]))
+            raise FastconError(
+                f"teacher {teacher.name!r} gives NaN, infinite or {part.dtype}-overflowing logits for image "
+                f"{image!r} (view {view}): check its weights, or try --precision float32 --logits float32"
+            )
 
 
 class _Writer:
@@ -287,7 +264,7 @@ class _Writer:
         self._thread.start()
         return self
 
-    def put(self, item: tuple[str, int, int, NDArray[Any]]) -> None:
+    def put(self, item: tuple[str, int, int, Parts]) -> None:
         self._queue.put(item)
         self._raise()
 

@@ -6,7 +6,10 @@
     flips   [V, n]       uint8    1: mirrored left to right
     images/ids [n] uint64 · digests [n, 16] uint8 · names uint8 · name_ends [n] int64
     samples/rows [k] uint32 · pixels [k, size, size, 3] uint8      rows of view 0 and what was decoded for them
-    teachers/NAME/logits [V, n, C] float16 · checksums [V, chunks] int64     -1: not done, else CRC-32C of the rows
+    baked/checksums [V, chunks] int64                              of a store with baked views; -1: no shard yet
+    shards/view-VVV/chunk-CCCCC.tar                                … which are here: a chunk's rows as JPEGs, see `bake`
+    teachers/NAME/logits [V, n, C] float16                         or the parts of another codec, see `codec`
+    teachers/NAME/checksums [V, chunks] int64                      -1: not done, else CRC-32C of the rows of all parts
     teachers/NAME/weights [bytes] uint8                            the generalist's weights, a safetensors file
 
 The record is written last and at once (one atomic file): what it does not name is not there. Every array
@@ -34,6 +37,8 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from fastcon import views
+from fastcon.checkpoint import write_atomically
+from fastcon.codec import Codec, Parts, check_kind, codec
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest
 
@@ -41,7 +46,6 @@ FORMAT = 1
 CHUNK_ROWS = 1024
 SAMPLES = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LOGIT_TYPES = ("float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Recipe:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     chunk_rows: int = CHUNK_ROWS
+    bake: int | None = None
+    """JPEG quality of the baked views; None: views are cut out of the images whenever they are used."""
 
     def record(self) -> dict[str, Any]:
         """As it is written into the store."""
@@ -104,6 +110,7 @@ class Store:
                 f"{FORMAT}: use the fastcon that wrote it, or make the store again"
             )
         self._arrays: dict[str, Any] = {}
+        self._expected: dict[tuple[str, int], NDArray[np.int64]] = {}
         self.record: dict[str, Any] = record
         self.recipe = Recipe.from_record(record["recipe"])
         self.rows: int = record["images"]["count"]
@@ -119,9 +126,13 @@ class Store:
         """The name of the generalist, if there is one."""
         return next((name for name, teacher in self.teachers.items() if teacher["role"] == "generalist"), None)
 
+    def codec(self, name: str) -> Codec:
+        """How a teacher's logits are stored."""
+        return codec(self.teachers[name]["logits"])
+
     def logit_bytes(self, name: str) -> int:
         """Bytes of one row of a teacher's logits."""
-        return len(self.teachers[name]["classes"]) * np.dtype(self.teachers[name]["logits"]).itemsize
+        return self.codec(name).row_bytes(len(self.teachers[name]["classes"]))
 
     @property
     def chunks(self) -> int:
@@ -174,23 +185,87 @@ class Store:
 
     def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
         """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
+        return self.codec(name).decode(self.parts(name, view, chunk), len(self.teachers[name]["classes"]))
+
+    def parts(self, name: str, view: int, chunk: int) -> Parts:
+        """One chunk of a teacher's logits as they are stored, verified; raises as `logits` does."""
         start, stop = self.chunk_range(chunk)
         where = f"{self.path}: teacher {name!r}, view {view}, chunk {chunk} (rows {start} to {stop - 1})"
-        checksums = self._array(name, "checksums")
-        expected = int(_read(checksums, view)[chunk]) if view < checksums.shape[0] else -1
+        expected = self._checksum(name, view, chunk)
         if expected < 0:
             raise FastconError(f"{where} is not computed yet: run `fastcon precompute` again, it resumes")
-        try:
-            rows = np.ascontiguousarray(self._array(name, "logits")[view, start:stop])
-        except Exception as error:
-            raise FastconError(
-                f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again"
-            ) from error
-        if checksum(rows) != expected:
+        parts: Parts = {}
+        seen = 0
+        for part in self.codec(name).parts(len(self.teachers[name]["classes"])):
+            array = self._array(name, part)
+            try:
+                parts[part] = self._read_chunk(array, view, chunk)
+            except Exception as error:
+                raise FastconError(
+                    f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again"
+                ) from error
+            seen = checksum(parts[part], seen)
+        if seen != expected:
             raise FastconError(
                 f"{where} is missing or holds other rows than were written: `fastcon verify --repair` computes it again"
             )
-        return rows
+        return parts
+
+    def _checksum(self, name: str, view: int, chunk: int) -> int:
+        """What a chunk must hold; -1: it is not done."""
+        if (name, view) not in self._expected or self._expected[name, view][chunk] < 0:
+            checksums = self._array(name, "checksums")
+            if view >= checksums.shape[0]:
+                return -1
+            self._expected[name, view] = _read(checksums, view)
+        return int(self._expected[name, view][chunk])
+
+    def _read_chunk(self, array: Any, view: int, chunk: int) -> NDArray[Any]:
+        """The rows of one chunk of a [V, n, C] array; raises whatever goes wrong.
+
+        From a folder the chunk's file is read at once: its bytes, as `_create` lays them out, are the rows (the last
+        chunk padded) and their CRC-32C. That is twice as fast as Zarr's way to the same bytes.
+        """
+        start, stop = self.chunk_range(chunk)
+        if is_url(self.path):
+            return np.ascontiguousarray(array[view, start:stop])
+        data = np.fromfile(os.path.join(self.path, array.path, f"c/{view}/{chunk}/0"), dtype=np.uint8)
+        rows, width = array.chunks[1:]
+        if len(data) != rows * width * array.dtype.itemsize + 4:
+            raise FastconError(f"{len(data)} bytes long")
+        if checksum(data[:-4]) != int.from_bytes(data[-4:].tobytes(), "little"):
+            raise FastconError("its CRC-32C differs")
+        return data[:-4].view(array.dtype).reshape(rows, width)[: stop - start]
+
+    def baked(self) -> NDArray[np.bool_]:
+        """Which shards of baked views are written: bool [V, chunks]."""
+        checksums = _read(self._array("baked/checksums"))
+        done = np.zeros((self.views, self.chunks), dtype=bool)
+        done[: len(checksums)] = checksums[: self.views] >= 0
+        return done
+
+    def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
+        """The encoded bytes of a chunk's baked views, verified and mapped into memory; raises FastconError."""
+        path = self._shard_path(view, chunk)
+        expected = int(_read(self._array("baked/checksums"), view)[chunk])
+        if expected < 0:
+            raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
+        try:
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise FastconError(f"{path} is missing or empty: `fastcon verify --repair` bakes it again") from error
+        if checksum(data) != expected:
+            raise FastconError(f"{path} is damaged: `fastcon verify --repair` bakes it again")
+        start, stop = self.chunk_range(chunk)
+        found, at = [], 0
+        for _ in range(start, stop):  # the bytes are ours: a header, then the file, in blocks of 512
+            size = int(data[at + 124 : at + 135].tobytes(), 8)
+            found.append(data[at + 512 : at + 512 + size])
+            at += 512 + size + -size % 512
+        return found
+
+    def _shard_path(self, view: int, chunk: int) -> str:
+        return os.path.join(self.path, f"shards/view-{view:03d}/chunk-{chunk:05d}.tar")
 
     def weights(self, name: str) -> bytes:
         """The stored safetensors file of a teacher (the generalist has one)."""
@@ -261,19 +336,38 @@ class StoreWriter(Store):
             self._create_teacher(name, record)
         if weights is not None:
             self._write_weights(name, weights)
-        if self._array(name, "logits").shape[0] < self.views:
-            self._array(name, "logits").resize((self.views, self.rows, len(record["classes"])))
+        parts = self.codec(name).parts(len(record["classes"]))
+        if self._array(name, "checksums").shape[0] < self.views:
+            for part, (_, width) in parts.items():
+                self._array(name, part).resize((self.views, self.rows, width))
             self._array(name, "checksums").resize((self.views, self.chunks))
 
-    def write(self, name: str, view: int, chunk: int, logits: NDArray[Any]) -> None:
-        """Store one finished chunk [rows, C], then mark it done."""
-        stored = self._array(name, "logits")
+    def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
+        """Store one finished chunk, the parts of its rows, then mark it done."""
         start, stop = self.chunk_range(chunk)
-        rows = np.ascontiguousarray(logits, dtype=stored.dtype)
-        if rows.shape != (stop - start, stored.shape[2]):
-            raise ValueError(f"chunk {chunk} takes {(stop - start, stored.shape[2])}, got {rows.shape}")
-        stored[view, start:stop] = rows
-        self._array(name, "checksums")[view, chunk] = checksum(rows)
+        seen = 0
+        for part, (dtype, width) in self.codec(name).parts(len(self.teachers[name]["classes"])).items():
+            rows = parts[part]
+            if (rows.shape, rows.dtype) != ((stop - start, width), np.dtype(dtype)):
+                raise ValueError(f"{part} of chunk {chunk} takes {dtype} {(stop - start, width)}, got {rows.shape}")
+            self._array(name, part)[view, start:stop] = rows
+            seen = checksum(rows, seen)
+        self._array(name, "checksums")[view, chunk] = seen
+        self._expected.pop((name, view), None)
+
+    def write_shard(self, view: int, chunk: int, data: bytes) -> None:
+        """Store the tar of a chunk's baked views. Raises FastconError where another was recorded, which this one replaces."""
+        checksums = self._array("baked/checksums")
+        expected, seen = int(checksums[view, chunk]), checksum(np.frombuffer(data, dtype=np.uint8))
+        if expected not in (-1, seen):
+            raise FastconError(
+                f"{self._shard_path(view, chunk)} would come out with other bytes than the teachers saw, from another "
+                "version of Pillow or DALI: repair it with the versions that baked it, or make a new store"
+            )
+        path = Path(self._shard_path(view, chunk))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+        checksums[view, chunk] = seen
 
     def repair_view(self, manifest: Manifest, view: int) -> None:
         """Write the order, boxes and flips of a view anew, where the recipe makes what the record says."""
@@ -284,10 +378,11 @@ class StoreWriter(Store):
             self._array(name)[view] = getattr(made, name)
 
     def _create_teacher(self, name: str, record: dict[str, Any]) -> None:
-        classes = len(record["classes"])
+        check_kind(record["logits"], record["kind"], name)
         where = f"teachers/{name}"
-        shape, chunk = (self.views, self.rows, classes), (1, self.recipe.chunk_rows, classes)
-        _create(self._group, f"{where}/logits", shape, chunk, record["logits"])
+        for part, (dtype, width) in codec(record["logits"]).parts(len(record["classes"])).items():
+            shape, chunk = (self.views, self.rows, width), (1, self.recipe.chunk_rows, width)
+            _create(self._group, f"{where}/{part}", shape, chunk, dtype)
         _create(self._group, f"{where}/checksums", (self.views, self.chunks), (1, self.chunks), "int64", fill=-1)
         self._arrays = {path: array for path, array in self._arrays.items() if not path.startswith(f"{where}/")}
         self.record["teachers"][name] = record
@@ -360,9 +455,9 @@ def sample_rows(store: Store) -> NDArray[np.uint32]:
     return (np.arange(count, dtype=np.int64) * store.rows // count).astype(np.uint32)
 
 
-def checksum(rows: NDArray[Any]) -> int:
-    """CRC-32C of the rows' bytes in C order, little endian."""
-    return int(google_crc32c.value(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+def checksum(rows: NDArray[Any], before: int = 0) -> int:
+    """CRC-32C of the rows' bytes in C order, little endian, going on from that of the bytes before them."""
+    return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
 def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]) -> None:
@@ -387,6 +482,11 @@ def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int
         _create(group, f"images/{name}", column.shape, chunk, str(column.dtype))[:] = column
     for name, shape, dtype in (("order", (0, n), "uint32"), ("boxes", (0, n, 4), "int32"), ("flips", (0, n), "uint8")):
         _create(group, name, shape, (1, *shape[1:]), dtype)
+    if recipe.bake is not None:
+        if is_url(path):
+            raise FastconError(f"{path}: baked views are tar files in a folder; bake into one, or leave out --bake")
+        chunks = -(-n // recipe.chunk_rows)
+        _create(group, "baked/checksums", (0, chunks), (1, chunks), "int64", fill=-1)
     _write_views(group, record, recipe, manifest, view_count)
     group.attrs["fastcon"] = record
 
@@ -395,6 +495,8 @@ def _write_views(group: Any, record: dict[str, Any], recipe: Recipe, manifest: M
     n = len(manifest)
     for name, shape in (("order", (n,)), ("boxes", (n, 4)), ("flips", (n,))):
         group[name].resize((max(view_count, record["views"]), *shape))
+    if recipe.bake is not None:
+        group["baked/checksums"].resize((max(view_count, record["views"]), -(-n // recipe.chunk_rows)))
     for view in range(record["views"], view_count):
         made = make_view(recipe, manifest, view)
         group["order"][view], group["boxes"][view], group["flips"][view] = made.order, made.boxes, made.flips
@@ -412,6 +514,9 @@ def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
 
 def _check_recipe(store: Store, recipe: Recipe) -> None:
     stored, given = store.recipe.record(), recipe.record()
+    if stored["bake"] != given["bake"]:
+        was, now = (f"views baked at quality {r['bake']}" if r["bake"] else "no baked views" for r in (stored, given))
+        raise FastconError(f"{store.path} was made with {was}, this call says {now}: use the same, or another --store")
     for key, value in stored.items():
         if value != given[key]:
             raise FastconError(
@@ -452,7 +557,7 @@ def _exists(path: str) -> bool:
     return False
 
 
-_CREATED = {"images", "order", "boxes", "flips"}
+_CREATED = {"images", "order", "boxes", "flips", "baked"}
 """What an interrupted creation may have left: it is written again from the start."""
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon import models, pipeline, precompute, views
+from fastcon import bake, models, pipeline, precompute, views
 from fastcon import store as stores
+from fastcon.codec import Parts
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest, index
 from fastcon.pipeline import Request
 from fastcon.precompute import Settings, Teacher
+from fastcon.replay import Replay
 from fastcon.store import Store
 
 LARGEST_KL = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 2e-2}
@@ -49,6 +51,12 @@ def verify(
     if repair:
         _repair_views(store, manifest)
     checks = [_images(store), _recipe(store, manifest)]
+    if store.recipe.bake is not None:
+        if repair:
+            _repair_shards(store, manifest, settings)
+        checks.append(_shards(store))
+        if checks[-1].passed and rows:
+            checks.append(_baked(store, manifest, rows, settings, seed))
     checks.append(_pixels(store, manifest, settings))
     for name in store.teachers:
         damaged, unfinished = _chunks(store, name)
@@ -74,6 +82,54 @@ def _images(store: Store) -> Check:
     except FastconError as error:
         return Check("images", False, str(error))
     return Check("images", True, f"{store.rows:,} images, digest {store.record['images']['digest'][:12]}")
+
+
+def _damaged_shards(store: Store) -> list[tuple[bake.Place, str]]:
+    damaged = []
+    for view, chunk in np.argwhere(store.baked()):
+        try:
+            store.shard(int(view), int(chunk))
+        except FastconError as error:
+            damaged.append(((int(view), int(chunk)), str(error)))
+    return damaged
+
+
+def _shards(store: Store) -> Check:
+    damaged, unwritten = _damaged_shards(store), bake.missing(store, store.views)
+    total = store.views * store.chunks
+    seen = f"{total - len(damaged) - len(unwritten)} of {total} shards whole"
+    if unwritten:
+        seen += f", {len(unwritten)} not written yet"
+    if damaged:
+        seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+    return Check("shards", not damaged and not unwritten, seen)
+
+
+def _baked(store: Store, manifest: Manifest, rows: int, settings: Settings, seed: int) -> Check:
+    """Bake a sample of view 0 again from the images, and compare the pixels."""
+    assert store.recipe.bake is not None
+    view, size = store.view(0), store.recipe.size
+    order = views.permutation(seed, np.arange(store.rows, dtype=np.uint64), 0, views.SAMPLE)
+    chosen = np.sort(order[: min(rows, settings.batch_size)])
+    request = Request(view.order[chosen], view.boxes[chosen], view.flips[chosen])
+    [pixels] = pipeline.decode(manifest, [request], [size], settings)
+    made = [bake.encode(image, store.recipe.bake) for image in pixels[size].permute(0, 2, 3, 1).cpu().numpy()]
+    reader = Replay(store, None).images.reader()
+    stored = [part.tobytes() for part in reader.read(chosen.tolist())]
+    reader.close()
+    difference = max(
+        np.abs(np.subtract(*(np.asarray(pipeline.rgb(data), dtype=np.int16) for data in pair))).mean()
+        for pair in zip(stored, made, strict=True)
+    )
+    seen = f"{len(chosen)} views baked again: {sum(a == b for a, b in zip(stored, made, strict=True))} the same bytes"
+    return Check("baked", difference <= 2, f"{seen}, pixels within {difference:.2f} of 255 on average (at most 2)")
+
+
+def _repair_shards(store: Store, manifest: Manifest, settings: Settings) -> None:
+    damaged = [place for place, _ in _damaged_shards(store)]
+    if damaged:
+        with stores.open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
+            bake.bake(writer, manifest, damaged, settings)
 
 
 def _weights(store: Store, name: str) -> Check:
@@ -118,7 +174,7 @@ def _chunks(store: Store, name: str) -> tuple[Damaged, list[tuple[int, int]]]:
     done = store.done(name)
     for view, chunk in np.argwhere(done):
         try:
-            store.logits(name, int(view), int(chunk))
+            store.parts(name, int(view), int(chunk))
         except FastconError as error:
             damaged.append(((int(view), int(chunk)), str(error)))
     return damaged, [(int(view), int(chunk)) for view, chunk in np.argwhere(~done)]
@@ -157,42 +213,35 @@ def _recompute(store: Store, manifest: Manifest, name: str, rows: int, settings:
     there = store.done(name)[view_of, row_of // np.uint64(store.recipe.chunk_rows)]
     order = views.permutation(seed, places[there], 0, views.SAMPLE)
     view_of, row_of = np.divmod(np.sort(places[there][order[:rows]]).astype(np.int64), store.rows)
-    stored = [
-        store.logits(name, int(v), int(r) // store.recipe.chunk_rows)[int(r) % store.recipe.chunk_rows]
-        for v, r in zip(view_of, row_of, strict=True)
-    ]
-    computed = _logits(store, manifest, teacher, view_of, row_of, settings)
-    kl, same = _compare(torch.from_numpy(np.stack(stored)), torch.from_numpy(computed), store.teachers[name]["kind"])
-    limit = LARGEST_KL[settings.precision]
+    kind, classes = store.teachers[name]["kind"], len(store.teachers[name]["classes"])
+    stored = np.stack([_row(store, name, int(v), int(r)) for v, r in zip(view_of, row_of, strict=True)])
+    computed = store.codec(name).decode(_parts(store, manifest, teacher, view_of, row_of, settings), classes)
+    kl, same = _compare(torch.from_numpy(stored), torch.from_numpy(computed), kind)
+    limit = LARGEST_KL[settings.precision] + store.codec(name).largest_kl
     seen = f"{len(stored)} rows computed again: KL {kl:.1e} nats (at most {limit:.0e}), same argmax {same:.1%}"
     return Check(f"{name}: rows", kl <= limit and same >= 0.95, seen)
 
 
-def _logits(
+def _row(store: Store, name: str, view: int, row: int) -> NDArray:
+    chunk, inside = divmod(row, store.recipe.chunk_rows)
+    return store.logits(name, view, chunk)[inside]
+
+
+def _parts(
     store: Store, manifest: Manifest, teacher: Teacher, view_of: NDArray, row_of: NDArray, settings: Settings
-) -> NDArray:
+) -> Parts:
     teacher.model.on(settings.device)
-    columns = {int(v): store.view(int(v)) for v in np.unique(view_of)}
-    at = [(columns[int(v)], int(r)) for v, r in zip(view_of, row_of, strict=True)]
-    request = [
-        Request(
-            np.array([v.order[r] for v, r in part]),
-            np.stack([v.boxes[r] for v, r in part]),
-            np.array([v.flips[r] for v, r in part]),
-        )
-        for part in (at[k : k + settings.batch_size] for k in range(0, len(at), settings.batch_size))
-    ]
-    size = teacher.model.size
-    decoded = pipeline.decode(
-        manifest,
-        request,
-        [size],
-        batch_size=settings.batch_size,
-        device=settings.device,
-        loader=settings.loader,
-        threads=settings.threads,
+    replay = Replay(store, manifest)
+    requests = (
+        replay.request(int(view), rows[at : at + settings.batch_size])
+        for view in np.unique(view_of)
+        for rows in [row_of[view_of == view]]
+        for at in range(0, len(rows), settings.batch_size)
     )
-    return np.concatenate([precompute.run_teacher(teacher.model, pixels[size], settings) for pixels in decoded])
+    size = teacher.model.size
+    decoded = pipeline.decode(replay.images, requests, [size], settings)
+    found = [precompute.run_teacher(teacher.model, pixels[size], settings) for pixels in decoded]
+    return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
 
 
 def _compare(stored: torch.Tensor, computed: torch.Tensor, kind: str) -> tuple[float, float]:

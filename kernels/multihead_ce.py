@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 SOFTMAX, SIGMOID = 0, 1
 KINDS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+STEPS = 255
+"""The largest code of a quantised logit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Segments:
         """Columns that a row of logits needs: the end of the last head."""
         return max(offset + width for offset, width in zip(self.offsets, self.widths, strict=True))
 
+    @property
+    def alignment(self) -> int:
+        """The largest of 1, 2, 4 and 8 that divides every offset and width: how far loads may be taken together."""
+        return math.gcd(8, *self.offsets, *self.widths)
+
     @functools.cache  # noqa: B019 - tables are few, and live as long as the run that trains with them
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The table as tensors on `device`: int64 [H, 3] offset, width, kind; float32 [H, 2] lambda, T."""
@@ -57,6 +65,28 @@ class Segments:
             torch.tensor(places, dtype=torch.int64).T.contiguous().to(device),
             torch.tensor(factors, dtype=torch.float32).T.contiguous().to(device),
         )
+
+
+class QuantisedLogits(NamedTuple):
+    """Logits at one byte a class: z = offset - scale * code^2, with one offset and scale a row and head."""
+
+    codes: Tensor
+    """uint8 [B, >= sum C]."""
+    scales: Tensor
+    """float32 [B, H, 2]: offset and scale."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> QuantisedLogits:
+        """On a device."""
+        return QuantisedLogits(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+    def pin_memory(self) -> QuantisedLogits:
+        """In page-locked memory."""
+        return QuantisedLogits(*(t.pin_memory() for t in self))
+
+    def head(self, number: int, columns: slice) -> Tensor:
+        """The logits of one head, float32 [B, C]."""
+        offset, scale = self.scales[:, number, :1], self.scales[:, number, 1:]
+        return offset - scale * self.codes[:, columns].float().square()
 
 
 class MultiHeadLoss(NamedTuple):
@@ -73,57 +103,63 @@ class MultiHeadLoss(NamedTuple):
 
 
 def multihead_cross_entropy(
-    student: Tensor, teacher: Tensor, segments: Segments, impl: str | None = None
+    student: Tensor, teacher: Tensor | QuantisedLogits, segments: Segments, impl: str | None = None
 ) -> MultiHeadLoss:
     """Weighted soft-target cross-entropy over all heads (arXiv 2107.08039, Eq. 1 and 2; no T^2 factor).
 
     student: [B, >= sum C] float16, bfloat16, float32 or float64, the tensor that gets the gradient.
-    teacher: [B, >= sum C], any of these dtypes, raw logits. impl: "torch", "triton" or None to choose by device.
+    teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which no tensor of floats is made of.
+    impl: "torch", "triton" or None to choose by device. Nothing waits for a GPU, so a CUDA graph can hold the call.
     Raises ValueError for shapes that do not fit the table.
     """
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"logits are [B, C] of equal B: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
-    if min(student.shape[1], teacher.shape[1]) < segments.columns:
+    values, scales = teacher if isinstance(teacher, QuantisedLogits) else (teacher, None)
+    if student.ndim != 2 or values.ndim != 2 or len(student) != len(values):
+        raise ValueError(f"logits are [B, C] of equal B: student {tuple(student.shape)}, teacher {tuple(values.shape)}")
+    if min(student.shape[1], values.shape[1]) < segments.columns:
         raise ValueError(
             f"the segment table ends at column {segments.columns}, the logits have "
-            f"{student.shape[1]} (student) and {teacher.shape[1]} (teacher)"
+            f"{student.shape[1]} (student) and {values.shape[1]} (teacher)"
         )
+    if (scales is None) == (values.dtype == torch.uint8):
+        raise ValueError("quantised logits are uint8 codes with their scales: give both as QuantisedLogits")
+    if scales is not None and scales.shape != (len(values), len(segments.widths), 2):
+        raise ValueError(f"scales are [B, heads, 2], got {tuple(scales.shape)}")
     chosen = impl or ("triton" if student.is_cuda else "torch")
-    return MultiHeadLoss(*_MultiHeadCrossEntropy.apply(student, teacher, segments, chosen))
+    return MultiHeadLoss(*_MultiHeadCrossEntropy.apply(student, values, scales, segments, chosen))
 
 
 class _MultiHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, segments: Segments, impl: str) -> tuple:
+    def forward(
+        ctx: Any, student: Tensor, values: Tensor, scales: Tensor | None, segments: Segments, impl: str
+    ) -> tuple[Tensor, ...]:
         if impl == "triton":
             from fastcon.kernels.multihead_ce_triton import losses_and_gradient
         elif impl == "torch":
             losses_and_gradient = losses_and_gradient_torch
         else:
             raise ValueError(f"impl is 'torch' or 'triton', not {impl!r}")
-        losses, entropies, agreement, gradient = losses_and_gradient(
+        teacher = values if scales is None else QuantisedLogits(values, scales)
+        total, losses, entropies, agreement, gradient = losses_and_gradient(
             student, teacher, segments, ctx.needs_input_grad[0]
         )
-        weights = segments.on(student.device)[1][:, 0].to(losses.dtype)
         ctx.save_for_backward(gradient)
         ctx.rows = len(student)
         ctx.mark_non_differentiable(losses, entropies, agreement)
-        return (losses.mean(0) * weights).sum(), losses, entropies, agreement
+        return total, losses, entropies, agreement
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple:
         # The stored gradient is lambda/T (p_s - p_t), of order one: dividing by B only here, where a
         # loss scale has come in, keeps it from underflowing in float16.
         (gradient,) = ctx.saved_tensors
-        return gradient * (grad_total / ctx.rows), None, None, None
+        return gradient * (grad_total / ctx.rows), None, None, None, None
 
 
 def losses_and_gradient_torch(
-    student: Tensor, teacher: Tensor, segments: Segments, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """PyTorch twin of the Triton kernel: losses, entropies, agreement [B, H]; gradient like `student`.
+    student: Tensor, teacher: Tensor | QuantisedLogits, segments: Segments, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """PyTorch twin of the Triton kernel: total; losses, entropies, agreement [B, H]; gradient like `student`.
 
     The gradient is lambda / T * (softmax(z_s / T) - softmax(z_t / T)), not yet divided by B. Sums run in
     float32 (float64 for float64 logits).
@@ -131,19 +167,22 @@ def losses_and_gradient_torch(
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     gradient = torch.zeros_like(student) if needs_gradient else None
     columns = []
-    for offset, width, weight, temperature, kind in zip(
-        segments.offsets, segments.widths, segments.weights, segments.temperatures, segments.kinds, strict=True
+    for number, (offset, width, weight, temperature, kind) in enumerate(
+        zip(
+            segments.offsets, segments.widths, segments.weights, segments.temperatures, segments.kinds, strict=True
+        )
     ):
         here = slice(offset, offset + width)
-        z_s = student[:, here].to(dtype) / temperature
-        z_t = teacher[:, here].to(dtype) / temperature
+        z_t = teacher.head(number, here) if isinstance(teacher, QuantisedLogits) else teacher[:, here]
+        z_s, z_t = student[:, here].to(dtype) / temperature, z_t.to(dtype) / temperature
         head = _softmax_head if kind == "softmax" else _sigmoid_head
         *statistics, slope = head(z_s, z_t)
         columns.append(statistics)
         if gradient is not None:
             gradient[:, here] = (slope * (weight / temperature)).to(gradient.dtype)
     losses, entropies, agreement = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
-    return losses, entropies, agreement, gradient
+    total = (losses.mean(0) * segments.on(student.device)[1][:, 0].to(dtype)).sum()
+    return total, losses, entropies, agreement, gradient
 
 
 def _softmax_head(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

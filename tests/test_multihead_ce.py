@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
+from fastcon.kernels.multihead_ce import QuantisedLogits, Segments, multihead_cross_entropy
 from torch import Tensor
 
 IMPLEMENTATIONS = ["torch", "triton"]
@@ -12,7 +16,9 @@ LAYOUTS = {
     "one of 1": [1],
     "one of 2": [2],
     "13 and 1000": [13, 1000],
-    "two blocks": [1001, 9999, 7],
+    "one large block": [1001, 9999, 7],
+    "two loads": [17000, 7],
+    "aligned": [16, 1000, 8, 248],
     "eleven": [200, 98, 45, 251, 24, 228, 47, 51, 129, 100, 50],
     "thirty-two": [5 + k for k in range(32)],
 }
@@ -56,8 +62,21 @@ def logits(rows: int, columns: int, scale: float, dtype: torch.dtype, seed: int)
     return student.to(dtype), teacher.to(torch.float16)
 
 
-def check(student: Tensor, teacher: Tensor, segments: Segments, impl: str) -> None:
-    total, losses, gradient = oracle(student, teacher, segments)
+def quantised(rows: int, segments: Segments, seed: int) -> tuple[QuantisedLogits, Tensor]:
+    """Random codes and scales, and the logits they mean by the formula, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, segments.columns), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, len(segments.widths), 2, generator=generator) * torch.tensor([10, 20 / 255**2])
+    dense = torch.zeros(rows, segments.columns, dtype=torch.float64)
+    for h, (o, w) in enumerate(zip(segments.offsets, segments.widths, strict=True)):
+        dense[:, o : o + w] = scales[:, h, :1].double() - scales[:, h, 1:].double() * codes[:, o : o + w].double() ** 2
+    return QuantisedLogits(codes, scales), dense
+
+
+def check(
+    student: Tensor, teacher: Tensor | QuantisedLogits, segments: Segments, impl: str, dense: Tensor | None = None
+) -> None:
+    total, losses, gradient = oracle(student, teacher if dense is None else dense, segments)
     leaf = student.clone().requires_grad_()
     result = multihead_cross_entropy(leaf, teacher, segments, impl)
     (3 * result.total).backward()
@@ -99,6 +118,29 @@ def test_large_logits_and_equal_ones(impl):
 def test_sigmoid_heads(impl, widths):
     segments = table(widths, ["sigmoid" if k % 2 == 0 else "softmax" for k in range(len(widths))])
     check(*logits(6, segments.columns, 5, torch.float32, 1), segments, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [[1], [13, 1000, 5], [17000, 40]])
+def test_quantised_teachers(impl, dtype, widths):
+    segments = table(widths, ["softmax"] * (len(widths) - 1) + ["sigmoid"])
+    student, _ = logits(6, segments.columns, 4, dtype, 5)
+    teacher, dense = quantised(6, segments, 6)
+    check(student, teacher, segments, impl, dense)
+
+
+def test_quantised_logits_need_their_scales():
+    segments = table([4, 6])
+    teacher, _ = quantised(3, segments, 0)
+    with pytest.raises(ValueError, match="give both as QuantisedLogits"):
+        multihead_cross_entropy(torch.zeros(3, 10), teacher.codes, segments)
+    with pytest.raises(ValueError, match=r"scales are \[B, heads, 2\]"):
+        multihead_cross_entropy(torch.zeros(3, 10), QuantisedLogits(teacher.codes, teacher.scales[:, :1]), segments)
+
+
+def test_alignment_divides_every_offset_and_width():
+    assert [table(widths).alignment for widths in ([16, 1000, 8], [16, 1000, 4], [6], [13, 8])] == [8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -171,3 +213,41 @@ def test_tables_that_cannot_be():
 def test_the_kernel_refuses_float64():
     with pytest.raises(ValueError, match="float32"):
         multihead_cross_entropy(torch.zeros(1, 4).double(), torch.zeros(1, 4), table([4]), "triton")
+
+
+COMPILE = """
+import re, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastcon.kernels.multihead_ce_triton import _multihead_ce as kernel
+student, teacher, alignment, block, one_pass = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+names = kernel.arg_names
+pointers = {"student_ptr": student, "gradient_ptr": student, "teacher_ptr": teacher, "places_ptr": "i64"}
+constants = {"SIGMOID_KIND": 1, "ANY_SIGMOID": True, "QUANTISED": teacher == "u8", "GRADIENT": True,
+             "ALIGNMENT": alignment, "ONE_PASS": bool(one_pass), "BLOCK": block}
+signature = {n: "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "constexpr" if n in constants else "i32"
+             for n in names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith(("_ptr", "_stride"))}
+source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+print(len(re.findall(r"ld\\.global\\.v4", ptx)), len(re.findall(r"st\\.global\\.v4", ptx)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wide"),
+    [
+        (["bf16", "fp16", "8", "1024", "1"], True),
+        (["fp32", "fp32", "1", "1024", "1"], False),
+        (["fp16", "u8", "8", "4096", "0"], True),
+    ],
+)
+def test_compiles_for_a_hopper_gpu(arguments, wide, tmp_path):
+    """To PTX, which needs no GPU; where every head is aligned, 16 bytes are loaded and stored at a time."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    loads, stores = map(int, done.stdout.split())
+    assert (loads > 0, stores > 0) == (wide, wide)

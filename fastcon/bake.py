@@ -1,0 +1,86 @@
+"""Views baked into a store: each crop that the teachers see, as a small JPEG in a tar shard of the store.
+
+Decoding the whole photo and cutting the crop out of it happens once, here; teachers and students decode the JPEG.
+Shards are WebDataset tars, one a chunk, their members in row order: the file of row 5 of view 0 is
+STORE/shards/view-000/chunk-00000.tar/000000005.jpg.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcon import pipeline
+from fastcon.manifest import Manifest
+from fastcon.pipeline import Request
+from fastcon.store import Store, StoreWriter
+
+Place = tuple[int, int]
+"""View and chunk."""
+
+
+def missing(store: Store, views: int) -> list[Place]:
+    """The (view, chunk) of the first `views` views whose shard is not written yet."""
+    done = store.baked()[:views]
+    return [(int(view), int(chunk)) for view, chunk in np.argwhere(~done)]
+
+
+def bake(
+    store: StoreWriter,
+    manifest: Manifest,
+    work: list[Place],
+    options: pipeline.Options,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the shards of `work`. progress gets (rows done, rows to do)."""
+    size, quality = store.recipe.size, store.recipe.bake
+    assert quality is not None
+    spans = [store.chunk_range(chunk) for _, chunk in work]
+    total, done = sum(stop - start for start, stop in spans), 0
+    batches = [
+        (place, slice(at, min(at + options.batch_size, stop)), stop)
+        for place, (start, stop) in zip(work, spans, strict=True)
+        for at in range(start, stop, options.batch_size)
+    ]
+
+    def requests() -> pipeline.Requests:
+        view, number = None, -1
+        for (wanted, _), rows, _ in batches:
+            if view is None or wanted != number:
+                number, view = wanted, store.view(wanted)
+            yield Request(view.order[rows], view.boxes[rows], view.flips[rows])
+
+    parts: list[bytes] = []
+    decoded = pipeline.decode(manifest, requests(), [size], options)
+    with ThreadPoolExecutor(options.cores) as pool:
+        for ((view, chunk), rows, stop), pixels in zip(batches, decoded, strict=True):
+            views = pixels[size].permute(0, 2, 3, 1).cpu().numpy()
+            files = pool.map(encode, views, [quality] * len(views))
+            parts += [member(row, data) for row, data in enumerate(files, rows.start)]
+            if rows.stop == stop:
+                store.write_shard(view, chunk, b"".join([*parts, bytes(1024)]))
+                parts = []
+            done += len(views)
+            if progress:
+                progress(done, total)
+
+
+def encode(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """A view [size, size, 3] as JPEG."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def member(row: int, data: bytes) -> bytes:
+    """A file of a tar: its header, its bytes, and the padding to whole blocks of 512."""
+    header = tarfile.TarInfo(f"{row:09d}.jpg")
+    header.size = len(data)
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
