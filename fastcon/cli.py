@@ -173,7 +173,15 @@ def main() -> None:
     default=(0.08, 1.0),
     help="Range of the crop's area.",
 )
-@_option("--logits", type=click.Choice(["float16", "float32"]), default="float16", help="Stored type.")
+@_option("--logits", default="float16", help="How logits are stored: float16, float32, uint8 or topK, as top32.")
+@_option(
+    "--bake",
+    type=click.IntRange(1, 100),
+    is_flag=False,
+    flag_value=90,
+    default=None,
+    help="Keep every view as a JPEG of this quality (90), to train without the photos.",
+)
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
 @_precision
@@ -190,6 +198,7 @@ def precompute(
     size: int,
     scale: tuple[float, float],
     logits: str,
+    bake: int | None,
     batch_size: int,
     device: str,
     precision: str,
@@ -214,12 +223,14 @@ def precompute(
         raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
     from fastcon import models
     from fastcon import precompute as stage
+    from fastcon.codec import codec
     from fastcon.store import Recipe, Store
 
+    stored = codec(logits)
     chosen = models.choose_device(device)
-    settings = stage.Settings(
-        batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads, logits
-    )
+    used = models.choose_precision(precision, chosen, training=False)
+    settings = stage.Settings(batch_size, chosen, loader, threads, used, logits)
+    recipe = Recipe(seed, size, scale, bake=bake)
     named = ([generalist] if generalist else []) + list(teachers)
     stage.check_names([name for name, _ in named])
     loaded = [
@@ -234,8 +245,8 @@ def precompute(
             "on the related; --generalist can be added to this store later"
         )
     if dry_run:
-        width = {"float16": 2, "float32": 4}[logits] * sum(len(t.model.heads[0].classes) for t in loaded)
-        rate = stage.measure(manifest, loaded, Recipe(seed, size, scale), settings)
+        width = sum(stored.row_bytes(len(t.model.heads[0].classes)) for t in loaded)
+        rate = stage.measure(manifest, loaded, recipe, settings)
         _finish(
             {
                 "images": len(manifest),
@@ -249,7 +260,7 @@ def precompute(
         )
         return
     bar = _Bar("precompute", "rows")
-    done = stage.precompute(store, manifest, loaded, Recipe(seed, size, scale), views, settings, bar)
+    done = stage.precompute(store, manifest, loaded, recipe, views, settings, bar)
     bar.close()
     whole = Store(store)
     result = {
@@ -289,7 +300,13 @@ def precompute(
 @_option(
     "--lanes", type=click.IntRange(1), default=None, help="Runs that a batch is drawn from (default: 8, 4, 2 or 1)."
 )
-@_option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+@_option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["none", "default", "graphs"]),
+    default="none",
+    help="torch.compile; graphs: with CUDA graphs, for small batches on a GPU.",
+)
 @_option("--exact-pixels", is_flag=True, help="Refuse images that decode to any other pixel than recorded.")
 @_option("--log-every", type=click.IntRange(1), default=100, help="Steps between rows of metrics.jsonl.")
 @_option("--checkpoint-minutes", type=click.FloatRange(0), default=5.0, help="Time between checkpoints.")
@@ -317,7 +334,7 @@ def train(
     weight_decay: float,
     seed: int,
     lanes: int | None,
-    compile_: bool,
+    compile_: str,
     exact_pixels: bool,
     log_every: int,
     checkpoint_minutes: float,
@@ -382,7 +399,8 @@ def train(
             f"{heads_line}",
         )
         return
-    manifest = _index(images or opened.record["images"]["sources"], trust_images, strict)
+    baked = opened.recipe.bake is not None and not images and not labels
+    manifest = None if baked else _index(images or opened.record["images"]["sources"], trust_images, strict)
     bar = _Bar("train", "steps")
     row = stage.train(store, out, options, machine, manifest, say=_note, progress=bar)
     bar.close()
@@ -391,6 +409,12 @@ def train(
         for name, head in row["heads"].items()
     )
     _finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads_line})")
+    if bar.seconds > 60:
+        from fastcon.info import describe
+
+        for line in describe(out)[1].splitlines():
+            if line.startswith(("  time:", "  to be faster:")):
+                _note(line.strip())
 
 
 @main.command()
@@ -454,7 +478,8 @@ def probe(
 
     grid = _floats(c_grid, "--c-grid")
     chosen = models.choose_device(device)
-    settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    used = models.choose_precision(precision, chosen, training=False)
+    settings = Settings(batch_size, chosen, loader, threads, used)
     train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
     loaded = [models.load(spec) for spec in backbones]
     side = size or _common_size(backbones, [model.size for model in loaded])
@@ -585,7 +610,8 @@ def teach(
 
     grid = _floats(lr_grid, "--lr-grid")
     chosen = models.choose_device(device)
-    settings = Settings(128, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    used = models.choose_precision(precision, chosen, training=False)
+    settings = Settings(128, chosen, loader, threads, used)
     train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
     _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images")
     options = stage.Options(
@@ -658,7 +684,8 @@ def evaluate(
     from fastcon.precompute import Settings
 
     chosen = models.choose_device(device)
-    settings = Settings(batch_size, chosen, models.choose_precision(precision, chosen, training=False), loader, threads)
+    used = models.choose_precision(precision, chosen, training=False)
+    settings = Settings(batch_size, chosen, loader, threads, used)
     loaded = models.load(model)
     loaded.set_size(size or loaded.size)
     manifest = _index(test_images, trust_images, strict)
@@ -702,7 +729,7 @@ def verify(
     from fastcon.store import Store
     from fastcon.verify import verify as stage
 
-    settings = Settings(128, models.choose_device(device), loader=loader, threads=threads)
+    settings = Settings(128, models.choose_device(device), loader, threads)
     manifest = _index(images or Store(store).record["images"]["sources"], trust_images, strict)
     checks = stage(store, manifest, rows, settings, repair)
     width = max(len(check.what) for check in checks)

@@ -30,6 +30,8 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
         f"  views     seed {recipe.seed}, crops of {low:g} to {high:g} of the area, chunks of {recipe.chunk_rows} rows",
         f"  pixels    {', '.join(f'{k} {v}' for k, v in record['pipeline'].items() if v is not None)}",
     ]
+    if recipe.bake is not None:
+        lines.append(f"  baked     JPEG quality {recipe.bake}, {store.baked().mean():.0%} done")
     done = {}
     for name, teacher in store.teachers.items():
         finished = store.done(name)
@@ -73,7 +75,41 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
             f"    {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in head.items())
             for name, head in last.get("heads", {}).items()
         ]
+    waits = _waits(path)
+    if waits:
+        lines += [f"  {line}" for line in diagnosis(waits, config)]
     result = path / "result.json"
     if result.exists():
         lines.append(f"  accuracy {json.loads(result.read_text())['accuracy']:.2%} on its test images")
-    return {"kind": "run", "finished": finished, "config": config, "last": rows[-1] if rows else None}, "\n".join(lines)
+    facts = {"kind": "run", "finished": finished, "config": config, "last": rows[-1] if rows else None, "waits": waits}
+    return facts, "\n".join(lines)
+
+
+def _waits(path: Path) -> dict[str, float] | None:
+    """Shares of a run's time: pixels, logits, host, step; None where nothing was measured."""
+    from fastcon.run import Waits
+
+    file = path / Waits.FILE
+    if not file.exists():
+        return None
+    spans = [json.loads(line) for line in file.read_text().splitlines()]
+    seconds = sum(span["seconds"] for span in spans)
+    if not seconds:
+        return None
+    shares = {part: sum(span[part] for span in spans) / seconds for part in ("pixels", "logits", "host")}
+    return shares | {"step": 1 - sum(shares.values()), "seconds": seconds}
+
+
+def diagnosis(waits: dict[str, float], config: dict[str, Any]) -> list[str]:
+    """What a run's time went to, and what to change: the largest wait above a tenth, else the step itself."""
+    advice = {
+        "pixels": "--threads for as many decoding threads as there are cores"
+        + ("" if config["store"]["recipe"].get("bake") else "; precompute --bake, to decode small views"),
+        "logits": "precompute --logits uint8, to read half as much; a faster disk",
+        "host": "a larger --log-every or --checkpoint-minutes",
+        "step": "--precision, --compile, or a larger --batch-size",
+    }
+    worst = max(("pixels", "logits", "host"), key=lambda part: waits[part])
+    worst = worst if waits[worst] > 0.1 else "step"
+    shares = ", ".join(f"{waits[part]:.0%} {part}" for part in ("pixels", "logits", "host", "step"))
+    return [f"time: {shares} of {waits['seconds']:.0f} s", f"to be faster: {advice[worst]}"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcon import models, objective, pipeline, views
+from fastcon.codec import Parts, Quantised
 from fastcon.errors import FastconError
-from fastcon.kernels.multihead_ce import Segments
+from fastcon.kernels.multihead_ce import QuantisedLogits, Segments
 from fastcon.manifest import Manifest, index
 from fastcon.models import Head
-from fastcon.pipeline import Request
-from fastcon.precompute import Settings, check_pixels
-from fastcon.store import Store, View
+from fastcon.precompute import check_pixels
+from fastcon.replay import Replay
+from fastcon.store import Store
 
 
 class Batch(NamedTuple):
@@ -32,14 +34,23 @@ class Batch(NamedTuple):
 
     pixels: Tensor
     """uint8 [B, 3, size, size], channels-last: the pixels the teachers saw."""
-    stacked: Tensor
-    """All teachers' logits side by side [B, sum C], in `Loader.names` order."""
-    logits: dict[str, Tensor]
-    """{teacher: logits [B, C]}: views of `stacked`."""
+    stacked: Tensor | QuantisedLogits
+    """All teachers' logits side by side [B, sum C], in `Loader.names` order; one byte each where all are stored so."""
     indices: NDArray[np.uint32]
     """Which image each row is, by its place in the manifest [B]."""
     labels: Tensor | None
-    """int64 [B] labels of the images, -1 without; None where no image has one."""
+    """int64 [B] labels of the images, -1 without; None where no image has one, or there is no manifest."""
+    names: list[str]
+    widths: list[int]
+
+    @property
+    def logits(self) -> dict[str, Tensor]:
+        """{teacher: logits [B, C]}: views of `stacked`, or float32 made of its bytes."""
+        if isinstance(self.stacked, Tensor):
+            return dict(zip(self.names, self.stacked.split(self.widths, dim=1), strict=True))
+        ends = np.cumsum(self.widths).tolist()
+        spans = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        return {name: self.stacked.head(k, span) for k, (name, span) in enumerate(zip(self.names, spans, strict=True))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +134,11 @@ class Loader:
         exact_pixels: bool = False,
         temperature: float = 2.0,
     ) -> None:
-        """images: where they are now (default: where they were); heads: the teachers to read (default: all)."""
+        """images: where they are now (default: where they were; baked views need none); heads: teachers to read."""
         self.store = store if isinstance(store, Store) else Store(store)
-        self.manifest = images if isinstance(images, Manifest) else index(_sources(images, self.store))
-        self.store.check_images(self.manifest)
+        self.manifest = _manifest(images, self.store)
+        if self.manifest is not None:
+            self.store.check_images(self.manifest)
         self.names = list(heads or self.store.teachers)
         self._check_complete()
         self.batch_size, self.epochs, self.start_epoch = batch_size, epochs, start_epoch
@@ -139,8 +151,10 @@ class Loader:
             lanes or default_lanes(batch_size),
             seed,
         )
-        self._settings = Settings(batch_size, self.device, loader=loader, threads=threads)
-        self.warning = check_pixels(self.store, self.manifest, self._settings, exact_pixels)
+        self._options = pipeline.Options(batch_size, self.device, loader, threads)
+        self.warning = check_pixels(self.store, self.manifest, self._options, exact_pixels)
+        self.waits = {"pixels": 0.0, "logits": 0.0}
+        """Seconds that whoever iterates has waited so far."""
         records = {name: self.store.teachers[name] for name in self.names}
         self.heads = [Head(name, tuple(record["classes"]), record["kind"]) for name, record in records.items()]
         """The teachers as heads of a student: an argument of `Classifier.replace_heads`."""
@@ -160,59 +174,52 @@ class Loader:
     def batches(self, epochs: Sequence[int], skip: int = 0) -> Iterator[Batch]:
         """The batches of some epochs, without the first `skip` of the first."""
         plan = [(epoch, skip if k == 0 else 0) for k, epoch in enumerate(epochs)]
-        pixels = pipeline.decode(
-            self.manifest,
-            self._requests(plan),
-            [self.store.recipe.size],
-            batch_size=self.batch_size,
-            device=self.device,
-            loader=self._settings.loader,
-            threads=self._settings.threads,
-        )
+        replay = Replay(self.store, self.manifest)
+        requests = (replay.request(number, rows) for number, rows in self._rows(plan))
+        pixels = pipeline.decode(replay.images, requests, [self.store.recipe.size], self._options)
         rows = pipeline.prefetch(self._logits(plan), depth=2)
-        labelled = bool((self.manifest.labels >= 0).any())
         try:
-            for images, (stacked, indices) in zip(pixels, rows, strict=True):
-                labels = torch.from_numpy(self.manifest.labels[indices].astype(np.int64)) if labelled else None
-                stacked = self._to_device(stacked)
-                logits = dict(zip(self.names, stacked.split(self._widths, dim=1), strict=True))
+            while True:
+                started = time.perf_counter()
+                images = next(pixels, None)
+                decoded = time.perf_counter()
+                self.waits["pixels"] += decoded - started
+                if images is None:
+                    return
+                stacked, indices, labels = next(rows)
+                self.waits["logits"] += time.perf_counter() - decoded
                 yield Batch(
                     images[self.store.recipe.size],
-                    stacked,
-                    logits,
+                    stacked.to(self.device, non_blocking=True),
                     indices,
-                    None if labels is None else self._to_device(labels),
+                    None if labels is None else labels.to(self.device, non_blocking=True),
+                    self.names,
+                    self._widths,
                 )
         finally:
             rows.close()
             pixels.close()  # type: ignore[attr-defined]
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, View, NDArray[np.uint32]]]:
+    def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
         for epoch, skip in plan:
-            number = epoch % self.store.views
-            view = self.store.view(number)
             for rows in self.schedule.epoch(epoch)[skip:]:
-                yield number, view, rows
+                yield epoch % self.store.views, rows
 
-    def _requests(self, plan: Sequence[tuple[int, int]]) -> Iterator[Request]:
-        for _, view, rows in self._rows(plan):
-            yield Request(view.order[rows], view.boxes[rows], view.flips[rows])
-
-    def _logits(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, NDArray[np.uint32]]]:
-        chunks = _ChunkCache(self.store, keep=2 * self.schedule.lanes)
-        types = [np.dtype(self.store.teachers[name]["logits"]) for name in self.names]
-        for number, view, rows in self._rows(plan):
-            stacked = np.empty((len(rows), sum(self._widths)), dtype=np.result_type(*types))
-            at = 0
-            for name, width in zip(self.names, self._widths, strict=True):
-                chunks.gather(name, number, rows, stacked[:, at : at + width])
-                at += width
-            yield torch.from_numpy(stacked), view.order[rows]
+    def _logits(
+        self, plan: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Tensor | QuantisedLogits, NDArray[np.uint32], Tensor | None]]:
+        """Of every batch: the teachers' logits, image indices, labels. For a GPU: in page-locked memory."""
+        chunks = _ChunkCache(self.store, self.names, keep=2 * self.schedule.lanes)
+        replay = Replay(self.store, self.manifest)
+        all_labels = None if self.manifest is None else self.manifest.labels
+        labelled = all_labels is not None and bool((all_labels >= 0).any())
+        pin = self.device.type == "cuda"
+        for number, rows in self._rows(plan):
+            stacked, indices = chunks.stacked(number, rows), replay.view(number).order[rows]
+            labels = torch.from_numpy(all_labels[indices].astype(np.int64)) if labelled else None  # type: ignore[index]
+            if pin:
+                stacked, labels = stacked.pin_memory(), None if labels is None else labels.pin_memory()
+            yield stacked, indices, labels
 
     def _check_complete(self) -> None:
         for name in self.names:
@@ -228,28 +235,51 @@ class Loader:
 class _ChunkCache:
     """The last few chunks of each teacher: every lane is inside one, and may just be leaving another."""
 
-    def __init__(self, store: Store, keep: int) -> None:
-        self._store, self._keep = store, keep
-        self._chunks: dict[str, OrderedDict[tuple[int, int], NDArray[Any]]] = {}
+    def __init__(self, store: Store, names: Sequence[str], keep: int) -> None:
+        self._store, self._names, self._keep = store, names, keep
+        self._widths = [len(store.teachers[name]["classes"]) for name in names]
+        self._as_bytes = all(isinstance(store.codec(name), Quantised) for name in names)
+        self._chunks: dict[str, OrderedDict[tuple[int, int], Parts]] = {name: OrderedDict() for name in names}
 
-    def gather(self, name: str, view: int, rows: NDArray[np.uint32], out: NDArray[Any]) -> None:
-        """Copy the logits of `rows` [B] of one view into out [B, C]."""
+    def stacked(self, view: int, rows: NDArray[np.uint32]) -> Tensor | QuantisedLogits:
+        """The logits of `rows` [B] of one view, all teachers' side by side."""
         chunk_of, inside = np.divmod(rows, self._store.recipe.chunk_rows)
-        for chunk in np.unique(chunk_of):
-            here = chunk_of == chunk
-            out[here] = self._get(name, view, int(chunk))[inside[here]]
+        groups = [(int(chunk), chunk_of == chunk) for chunk in np.unique(chunk_of)]
+        found = [
+            {chunk: self._get(name, view, chunk) for chunk, _ in groups} for name in self._names
+        ]  # of every teacher: chunk → parts
+        dtype = np.result_type(*(parts["logits"].dtype for chunks in found for parts in chunks.values()))
+        logits = np.empty((len(rows), sum(self._widths)), dtype=dtype)
+        scales = np.empty((len(rows), len(self._names), 2), dtype=np.float32)
+        at = 0
+        for k, (chunks, width) in enumerate(zip(found, self._widths, strict=True)):
+            for chunk, here in groups:
+                logits[here, at : at + width] = chunks[chunk]["logits"][inside[here]]
+                if self._as_bytes:
+                    scales[here, k] = chunks[chunk]["scales"][inside[here]]
+            at += width
+        values = torch.from_numpy(logits)
+        return QuantisedLogits(values, torch.from_numpy(scales)) if self._as_bytes else values
 
-    def _get(self, name: str, view: int, chunk: int) -> NDArray[Any]:
-        chunks = self._chunks.setdefault(name, OrderedDict())
+    def _get(self, name: str, view: int, chunk: int) -> Parts:
+        """A chunk as it is stored where all teachers are stored in bytes, else its logits as floats."""
+        chunks = self._chunks[name]
         if (view, chunk) not in chunks:
-            chunks[view, chunk] = self._store.logits(name, view, chunk)
+            chunks[view, chunk] = (
+                self._store.parts(name, view, chunk)
+                if self._as_bytes
+                else {"logits": self._store.logits(name, view, chunk)}
+            )
             if len(chunks) > self._keep:
                 chunks.popitem(last=False)
         chunks.move_to_end((view, chunk))
         return chunks[view, chunk]
 
 
-def _sources(images: Sequence[str] | str | None, store: Store) -> list[str]:
+def _manifest(images: Sequence[str] | str | Manifest | None, store: Store) -> Manifest | None:
+    """The images that a store is trained on; None where it holds them itself and none are given."""
+    if isinstance(images, Manifest) or (images is None and store.recipe.bake is not None):
+        return images
     if images is None:
-        return list(store.record["images"]["sources"])
-    return [images] if isinstance(images, str) else list(images)
+        return index(list(store.record["images"]["sources"]))
+    return index([images] if isinstance(images, str) else list(images))

@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -303,6 +303,13 @@ def _has_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
         return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
+
+
+def compiled(model: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    """A network as it is ("none"), by torch.compile ("default"), or that with CUDA graphs ("graphs")."""
+    if mode == "none":
+        return model
+    return torch.compile(model, mode={"default": "default", "graphs": "reduce-overhead"}[mode])
 
 
 def choose_device(device: str) -> torch.device:

@@ -82,8 +82,9 @@ class Reader(Protocol):
 class Images(Protocol):
     """What can be decoded from: a manifest, or the baked views of a store."""
 
-    side: int | None
-    """Every image is a square of this side, taken whole and unmirrored; None: boxes and flips say."""
+    @property
+    def side(self) -> int | None:
+        """Every image is a square of this side, taken whole and unmirrored; None: boxes and flips say."""
 
     def name(self, index: int) -> str:
         """What to call an image."""
@@ -239,7 +240,9 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
     on_gpu = device.type == "cuda"
     failure: list[BaseException] = []
 
-    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
+    inputs = 1 if plan.side is not None else 3  # boxes and flips only where they are used: DALI would warn
+
+    def source() -> tuple[Any, ...]:
         try:
             request, data = next(encoded)
         except StopIteration:
@@ -247,7 +250,7 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
         except BaseException as error:  # DALI would wrap it in a trace of its own
             failure.append(error)
             raise StopIteration from error
-        return data, request.boxes.astype(np.int32, copy=False), request.flips.astype(np.int32)
+        return (data, request.boxes.astype(np.int32, copy=False), request.flips.astype(np.int32))[:inputs]
 
     def resize(images: Any, side: int) -> Any:
         return fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
@@ -260,14 +263,16 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
     )
     def graph() -> Any:
         images: Any
-        jpegs, box, flip = fn.external_source(
-            source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 0]
+        dtypes, ndims = [types.UINT8, types.INT32, types.INT32], [1, 1, 0]
+        jpegs, *rest = fn.external_source(
+            source=source, num_outputs=inputs, batch=True, dtype=dtypes[:inputs], ndim=ndims[:inputs]
         )
         common = {"output_type": types.RGB, "adjust_orientation": False}
         if plan.side is not None:
             kind = {"device": "mixed", "hw_decoder_load": 0.0} if on_gpu else {"device": "cpu"}
             images = fn.decoders.image(jpegs, **kind, **common)
             return tuple(images if s == plan.side else resize(images, s) for s in sizes)
+        box, flip = rest
         if on_gpu:
             # Whole image, then the box: nvImageCodec's region decoding crashed on Hopper (its issue 55). No share
             # for the hardware decoder, whose pixels differ from the CUDA one's.

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,9 +102,7 @@ def precompute(
         return rows
 
 
-def decode_samples(
-    store: stores.Store, manifest: Manifest | None, options: pipeline.Options
-) -> NDArray[np.uint8]:
+def decode_samples(store: stores.Store, manifest: Manifest | None, options: pipeline.Options) -> NDArray[np.uint8]:
     """Decode the store's sample rows: uint8 [k, size, size, 3]."""
     replay = Replay(store, manifest)
     rows = stores.sample_rows(store)
@@ -114,9 +112,7 @@ def decode_samples(
     return pixels[size].permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def check_pixels(
-    store: stores.Store, manifest: Manifest | None, options: pipeline.Options, exact: bool
-) -> str | None:
+def check_pixels(store: stores.Store, manifest: Manifest | None, options: pipeline.Options, exact: bool) -> str | None:
     """Decode the sample rows again and compare them with the stored pixels.
 
     None: equal. A warning to show: within 0.5 of 255 on average. Raises FastconError beyond, or with `exact` for

@@ -95,6 +95,32 @@ class Metrics:
         self._file.close()
 
 
+class Waits:
+    """What the steps of a run waited for; waits.log gets one JSON line each time the run stops or ends.
+
+    seconds: from the first batch asked for to the last step's end; of these, pixels and logits are what the loader's
+    consumer waited for them, host is metrics, checkpoints and logging; the rest is the step itself.
+    """
+
+    FILE = "waits.log"
+
+    def __init__(self, loader: dict[str, float]) -> None:
+        """loader: `Loader.waits`, seconds that go on counting."""
+        self._loader, self._host, self._steps, self._start = loader, 0.0, 0, time.perf_counter()
+
+    def step(self, host: float) -> None:
+        """Count a step and the seconds it spent on the host's own work."""
+        self._steps += 1
+        self._host += host
+
+    def write(self, run: Run) -> None:
+        """Append the line."""
+        seconds = time.perf_counter() - self._start
+        line = {"steps": self._steps, "seconds": seconds, **self._loader, "host": self._host}
+        with open(run.path / self.FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying: the loop looks at the list between steps. A second one kills."""

@@ -200,6 +200,8 @@ class Store:
             array = self._array(name, part)
             try:
                 parts[part] = self._read_chunk(array, view, chunk)
+            except FileNotFoundError:
+                raise FastconError(f"{where} is missing: `fastcon verify --repair` computes it again") from None
             except Exception as error:
                 raise FastconError(
                     f"{where} is damaged ({_line(error)}): `fastcon verify --repair` computes it again"

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastcon import checkpoint, models, objective
+from fastcon.codec import TopK
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.kernels.multihead_ce import MultiHeadLoss
 from fastcon.loader import Batch, Loader
 from fastcon.manifest import Manifest
 from fastcon.models import RUN_HEADS, RUN_WEIGHTS, Classifier, Head
-from fastcon.run import Metrics, Run, stop_signals
+from fastcon.run import Metrics, Run, Waits, stop_signals
 from fastcon.store import Store
 
 Untrained = tuple[dict[str, Tensor], dict[str, str]]
@@ -60,7 +61,8 @@ class Machine:
     device: str = "auto"
     loader: str = "dali"
     threads: int | None = None
-    compile: bool = False
+    compile: str = "none"
+    """Of torch.compile: "none", "default", or "graphs": CUDA graphs, for small batches on a GPU."""
     exact_pixels: bool = False
     log_every: int = 100
     checkpoint_seconds: float = 300.0
@@ -103,6 +105,9 @@ def train(
     )
     if loader.warning:
         say(f"warning: {loader.warning}")
+    warning = rough_temperature(store, names, options.temperature)
+    if warning:
+        say(f"warning: {warning}")
     if loader.schedule.left_out:
         say(
             f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})"
@@ -133,7 +138,7 @@ def train(
         torch.manual_seed(options.seed)
     metrics = Metrics(run.path / "metrics.jsonl", position)
     board = _tensorboard(run, step) if machine.tensorboard else None
-    forward = torch.compile(student) if machine.compile else student
+    forward = models.compiled(student, machine.compile)
 
     def save() -> None:
         tally.refuse_nan(step, out)
@@ -152,6 +157,7 @@ def train(
         )
 
     row: dict[str, Any] = {}
+    waits = Waits(loader.waits)
     epoch, done = divmod(step, loader.schedule.steps)
     saved = logged = time.monotonic()
     with stop_signals() as stop:
@@ -166,6 +172,7 @@ def train(
             scaler.update()
             tally.add(result, weights, supervised)
             step += 1
+            housekeeping = time.perf_counter()
             if step % machine.log_every == 0 or step % loader.schedule.steps == 0:
                 tally.refuse_nan(step, out)
                 row = {"step": step, "epoch": (step - 1) // loader.schedule.steps, **tally.read(), **_rates(optimizer)}
@@ -180,17 +187,31 @@ def train(
             if stop or time.monotonic() - saved > machine.checkpoint_seconds or step % loader.schedule.steps == 0:
                 save()
                 saved = time.monotonic()
+            waits.step(time.perf_counter() - housekeeping)
             if stop and step < total:
                 metrics.close()
+                waits.write(run)
                 raise Interrupted(
                     f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume"
                 )
     metrics.close()
+    waits.write(run)
     if board:
         board.close()
     checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
     run.end(RESULT, _export(student, names, untrained))
     return row
+
+
+def rough_temperature(store: Store, names: list[str], temperature: float) -> str | None:
+    """What to say where logits are stored so that another temperature is exact."""
+    rough = [n for n in names if isinstance(store.codec(n), TopK) and temperature != TopK.temperature]
+    if not rough:
+        return None
+    return (
+        f"teacher {rough[0]!r} is stored as {store.codec(rough[0]).name}, exact at T = {TopK.temperature:g} and rough "
+        f"at T = {temperature:g}: store it with --logits float16 or uint8"
+    )
 
 
 def build_student(
@@ -207,12 +228,13 @@ def build_student(
         )
     heads = list(loader.heads)
     if options.labels:
-        if LABELS_HEAD in store.teachers or not (loader.manifest.labels >= 0).all():
+        manifest = loader.manifest
+        if LABELS_HEAD in store.teachers or manifest is None or not (manifest.labels >= 0).all():
             raise FastconError(
                 "--labels needs a class for every proxy image (sub-folders are classes), and no teacher "
                 f"named {LABELS_HEAD!r}"
             )
-        heads.append(Head(LABELS_HEAD, tuple(loader.manifest.classes)))
+        heads.append(Head(LABELS_HEAD, tuple(manifest.classes)))
     if options.student is None:
         assert store.generalist is not None
         student = models.from_bytes(store.weights(store.generalist), f"the generalist of {store.path}")

@@ -168,9 +168,7 @@ def losses_and_gradient_torch(
     gradient = torch.zeros_like(student) if needs_gradient else None
     columns = []
     for number, (offset, width, weight, temperature, kind) in enumerate(
-        zip(
-            segments.offsets, segments.widths, segments.weights, segments.temperatures, segments.kinds, strict=True
-        )
+        zip(segments.offsets, segments.widths, segments.weights, segments.temperatures, segments.kinds, strict=True)
     ):
         here = slice(offset, offset + width)
         z_t = teacher.head(number, here) if isinstance(teacher, QuantisedLogits) else teacher[:, here]

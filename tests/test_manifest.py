@@ -68,7 +68,7 @@ def test_shards_labels_and_offsets(tmp_path):
     assert found.classes == ["x", "y"]
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
     reader = ImageReader(found)
-    assert [reader.read(i) for i in range(6)] == list(images.values())
+    assert [data.tobytes() for data in reader.read(range(6))] == list(images.values())
     reader.close()
 
 
@@ -181,7 +181,7 @@ def test_links_in_a_tar_are_never_followed(tmp_path):
         tar.addfile(header, io.BytesIO(encoded()))
     found = index([tmp_path / "a.tar"])
     assert [name for name, _ in found.rejects] == ["a.tar/evil.jpg"]
-    assert ImageReader(found).read(0) == encoded()
+    assert ImageReader(found).read([0])[0].tobytes() == encoded()
 
 
 def test_the_cache_is_used_and_notices_a_touched_file(tmp_path, monkeypatch):
@@ -203,10 +203,10 @@ def test_bytes_are_checked_as_they_are_read(tmp_path):
     data[-10] ^= 1
     path.write_bytes(data)
     with pytest.raises(FastconError, match=r"image 'a.jpg' .* changed"):
-        ImageReader(found).read(0)
+        ImageReader(found).read([0])
     path.unlink()
     with pytest.raises(FastconError, match=r"image 'a.jpg' .* cannot be read"):
-        ImageReader(found).read(0)
+        ImageReader(found).read([0])
 
 
 def test_a_torchvision_data_set_of_files(tmp_path):
@@ -233,7 +233,7 @@ def test_select_keeps_names_and_bytes_together(tmp_path):
     found = index([tmp_path])
     some = found.select(np.array([4, 0]))
     assert [some.name(0), some.name(1)] == [found.name(4), found.name(0)]
-    assert ImageReader(some).read(1) == ImageReader(found).read(0)
+    assert ImageReader(some).read([1])[0].tobytes() == ImageReader(found).read([0])[0].tobytes()
 
 
 def test_tiffs_that_decoders_read_differently_are_rejected(tmp_path):

@@ -13,7 +13,7 @@ from test_manifest import encoded, write
 from fastcon import pipeline, views
 from fastcon.errors import FastconError
 from fastcon.manifest import index
-from fastcon.pipeline import Request
+from fastcon.pipeline import Options, Request
 
 
 def requests_of(manifest, batch, view=0):
@@ -26,7 +26,7 @@ def requests_of(manifest, batch, view=0):
 
 
 def pixels_of(manifest, batch, sizes, **options):
-    batches = list(pipeline.decode(manifest, requests_of(manifest, batch), sizes, batch_size=batch, **options))
+    batches = list(pipeline.decode(manifest, requests_of(manifest, batch), sizes, Options(batch_size=batch, **options)))
     return {size: torch.cat([batch[size] for batch in batches]) for size in sizes}
 
 
@@ -67,7 +67,7 @@ def test_box_and_flip_are_what_they_say(tmp_path, loader):
     manifest = index([tmp_path])
     box = np.array([[10, 30, 10, 20]] * 2, dtype=np.int32)
     request = Request(np.zeros(2, int), box, np.array([0, 1], dtype=np.uint8))
-    [out] = pipeline.decode(manifest, [request], [20], batch_size=2, loader=loader)
+    [out] = pipeline.decode(manifest, [request], [20], Options(batch_size=2, loader=loader))
     plain, flipped = out[20].permute(0, 2, 3, 1)
     assert plain[10, 0].tolist() == [0, 255, 0]
     assert plain[10, 19].tolist() == [200, 100, 50]

@@ -26,7 +26,7 @@ def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
     for teacher in teachers:
         size = teacher.model.size
         request = [Request(view.order[64:128], view.boxes[64:128], view.flips[64:128])]
-        [pixels] = pipeline.decode(proxy, request, [size], batch_size=64)
+        [pixels] = pipeline.decode(proxy, request, [size], pipeline.Options(batch_size=64))
         with torch.no_grad():
             expected = teacher.model(pixels[size])
         stored = torch.from_numpy(store.logits(teacher.name, 1, 1)).float()

@@ -51,7 +51,7 @@ def chunk_file(store: Path, view: int = 1, chunk: int = 1) -> Path:
 def test_a_missing_chunk_is_an_error_and_never_zeros(copy):
     chunk_file(copy).unlink()
     with pytest.raises(
-        FastconError, match=r"teacher 'letters', view 1, chunk 1 \(rows 64 to 127\) is missing .* --repair"
+        FastconError, match=r"teacher 'letters', view 1, chunk 1 \(rows 64 to 127\) is missing.*--repair"
     ):
         Store(copy).logits("letters", 1, 1)
 

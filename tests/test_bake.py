@@ -1,0 +1,163 @@
+"""Baked views: what is in a shard, that teachers and students see its pixels, resume, damage, and no photos needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECIPE, SETTINGS, tree
+from PIL import Image
+
+from fastcon import bake, pipeline
+from fastcon.errors import FastconError
+from fastcon.loader import Loader
+from fastcon.manifest import index
+from fastcon.pipeline import Request
+from fastcon.precompute import precompute, run_teacher
+from fastcon.store import Store
+from fastcon.train import Machine, Options, train
+from fastcon.verify import verify
+
+BAKED = dataclasses.replace(RECIPE, bake=90)
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory, proxy, teachers):
+    path = tmp_path_factory.mktemp("baked") / "store"
+    assert precompute(str(path), proxy, teachers, BAKED, 2, SETTINGS) == 300
+    return path
+
+
+@pytest.fixture
+def copy(baked, tmp_path):
+    return Path(shutil.copytree(baked, tmp_path / "store"))
+
+
+def shard(store: Path, view: int = 1, chunk: int = 2) -> Path:
+    return store / "shards" / f"view-{view:03d}" / f"chunk-{chunk:05d}.tar"
+
+
+def test_a_shard_is_a_tar_of_the_rows_in_order(baked, proxy):
+    store = Store(baked)
+    view = store.view(1)
+    with tarfile.open(shard(baked)) as tar:
+        members = tar.getmembers()
+        assert [m.name for m in members] == [f"{row:09d}.jpg" for row in range(128, 150)]
+        images = [np.asarray(Image.open(io.BytesIO(tar.extractfile(m).read()))) for m in members]
+    rows = slice(128, 150)
+    request = Request(view.order[rows], view.boxes[rows], view.flips[rows])
+    [pixels] = pipeline.decode(proxy, [request], [32], SETTINGS)
+    cut = pixels[32].permute(0, 2, 3, 1).numpy().astype(int)
+    for image, want in zip(images, cut, strict=True):
+        assert image.shape == (32, 32, 3)
+        assert np.abs(image - want).mean() < 12  # a JPEG of quality 90, of 32 pixels
+    assert [part.tobytes() for part in store.shard(1, 2)] == [bake.encode(image, 90) for image in cut.astype(np.uint8)]
+
+
+def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teachers):
+    store = Store(baked)
+    loader = Loader(store, batch_size=50, epochs=2, lanes=1)
+    assert loader.manifest is None
+    for step, batch in enumerate(loader):
+        number, start = divmod(step * 50, 150)
+        assert np.array_equal(batch.indices, store.view(number).order[start : start + 50])
+        with torch.inference_mode():
+            again = run_teacher(teachers[0].model, batch.pixels, dataclasses.replace(SETTINGS, logits="float32"))
+        difference = again["logits"] - batch.logits["general"].float().numpy()
+        assert np.abs(difference).max() < 0.02
+
+
+def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
+    from fastcon import loader as module
+
+    monkeypatch.setattr(module, "index", None)  # nobody lists or reads images
+    options = Options(epochs=1, batch_size=25)
+    row = train(str(copy), str(tmp_path / "run"), options, Machine(device="cpu"))
+    assert row["images"] == 150
+    with pytest.raises(FastconError, match="--labels needs a class for every proxy image"):
+        train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), Machine(device="cpu"))
+
+
+def test_a_later_round_shuffles(baked):
+    loader = Loader(str(baked), batch_size=50, epochs=3)
+    seen = [batch.indices for batch in loader]
+    assert sorted(np.concatenate(seen[6:]).tolist()) == list(range(150))
+    assert not np.array_equal(seen[0], seen[6])
+
+
+def test_resumes_to_the_same_bytes(baked, tmp_path, proxy, teachers):
+    path = tmp_path / "store"
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        if done > 100:
+            raise Stop
+
+    with pytest.raises(Stop):
+        precompute(str(path), proxy, teachers, BAKED, 1, SETTINGS, stop)
+    assert 0 < sum(1 for _ in path.rglob("*.tar")) < 3
+    assert precompute(str(path), proxy, teachers, BAKED, 1, SETTINGS) == 150
+    assert precompute(str(path), proxy, teachers, BAKED, 2, SETTINGS) == 150  # one more view
+    assert tree(path) == tree(baked)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "flipped"])
+def test_damage_is_found_named_and_repaired(copy, baked, damage):
+    file = shard(copy)
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        data[600] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: 0 if damage == "empty" else -600])
+    with pytest.raises(FastconError, match=r"chunk-00002.tar is .*--repair"):
+        list(Loader(str(copy), batch_size=50, start_epoch=1))
+    assert [check.what for check in verify(str(copy), None, 8, SETTINGS) if not check.passed][:1] == ["shards"]
+    assert all(check.passed for check in verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert tree(copy) == tree(baked)
+
+
+def test_verify_bakes_a_sample_again(baked):
+    [line] = [check for check in verify(str(baked), None, 20, SETTINGS) if check.what == "baked"]
+    assert line.passed
+    assert "20 views baked again: 20 the same bytes" in line.seen
+
+
+def test_other_bytes_are_not_passed_off_as_a_repair(copy, monkeypatch):
+    shard(copy).unlink()
+    encode = bake.encode
+    monkeypatch.setattr(bake, "encode", lambda pixels, quality: encode(pixels, 50))
+    with pytest.raises(FastconError, match="other bytes than the teachers saw"):
+        verify(str(copy), None, 0, SETTINGS, repair=True)
+
+
+def test_baked_or_not_is_settled_when_a_store_is_made(baked, store_path, proxy, teachers):
+    with pytest.raises(FastconError, match="views baked at quality 90, this call says no baked views"):
+        precompute(str(baked), proxy, teachers, RECIPE, 2, SETTINGS)
+    with pytest.raises(FastconError, match="no baked views, this call says views baked at quality 90"):
+        precompute(str(store_path), proxy, teachers, BAKED, 2, SETTINGS)
+
+
+def test_object_storage_is_refused(proxy, teachers):
+    with pytest.raises(FastconError, match="leave out --bake"):
+        precompute("memory://baked/store", proxy, teachers, BAKED, 1, SETTINGS)
+
+
+def test_shards_are_images_for_anybody(baked):
+    assert len(index([str(shard(baked))])) == 22
+
+
+def test_both_decoders_take_baked_views(baked):
+    ours = next(iter(Loader(str(baked), batch_size=30))).pixels.float()
+    theirs = next(iter(Loader(str(baked), batch_size=30, loader="torchvision"))).pixels.float()
+    assert (ours - theirs).abs().mean() < 0.5
