@@ -759,22 +759,43 @@ def info(path: str, json_file: str | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["probe"]))
+@click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe"]))
+@_option("--images", default=None, help="Photos for loader and train (default: rendered ones).")
+@_option("--store", default=None, help="For store: a store with float logits, whose codecs are compared.")
+@_option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one.")
 @_common
-def bench(what: str, json_file: str | None) -> None:
-    """Time fastcon against what a user would pick instead, on the same input, in one run.
+def bench(what: str, images: str | None, store: str | None, device: str, json_file: str | None) -> None:
+    """Time fastcon against what a user would pick instead, on the same input, interleaved in one run.
+
+    --json gets the list of rows. From a checkout, a record with hardware and versions goes to benchmarks/results, too.
 
     \b
-    fastcon bench probe --json probe.json
+    fastcon bench loader --json loader.json
+    fastcon bench store --store store
     """
-    from fastcon import bench as stage
+    import importlib
 
-    rows = {"probe": stage.bench_probe}[what](_note)
+    from fastcon import bench as stage
+    from fastcon import models
+    from fastcon.checkpoint import write_atomically
+
+    options: dict[str, Any] = {"images": images} if what in ("loader", "train") else {}
+    if what == "store":
+        options["logits_of"] = store
+    if what in ("kernel", "loader", "train"):
+        options["device"] = models.choose_device(device)
+    rows = importlib.import_module(f"fastcon.bench.{what}").bench(_note, **options)
     for row in rows:
         click.echo(
-            f"{row['name']}: {row['ours']:.1f} {row['unit']} against {row['theirs']:.1f} {row['unit']}, {row['ratio']:.1f} x"
+            f"{row['name']} ({row.get('case', row['n'])}): {_figure(row['ours'])} against {_figure(row['theirs'])} "
+            f"{row['unit']}, ratio {row['ratio']:.2f}"
         )
-    _finish(stage.record(rows), json_file)
+    folder = stage.results_folder()
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        data = json.dumps(stage.record(rows), indent=2) + "\n"
+        write_atomically(folder / f"{what}-{rows[0]['device']}.json", data.encode())
+    _finish(rows, json_file)
 
 
 @main.command()
@@ -867,7 +888,7 @@ def _note(line: str) -> None:
     click.echo(f"fastcon: {line}", err=True)
 
 
-def _finish(result: dict[str, Any], json_file: str | None, text: str = "") -> None:
+def _finish(result: Any, json_file: str | None, text: str = "") -> None:
     if text:
         click.echo(text)
     if json_file:
@@ -924,6 +945,10 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return ""
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _seconds(count: float) -> str:

@@ -1,44 +1,18 @@
-"""Benchmarks: each compares fastcon with what a user would pick instead, on the same input, in one run.
-
-A benchmark returns rows of at least name, ours, theirs, unit, ratio (larger is better), n and device; `record` puts the
-command, commit, hardware and versions beside them.
-"""
+"""The few-shot protocol against scikit-learn."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcon import probe, run, splits
+from fastcon import probe, splits
+from fastcon.bench import Row, Say
 from fastcon.solvers import SOLVERS
 
-Row = dict[str, Any]
-Say = Callable[[str], None]
 FOLDS, SHOTS = 5, 5
-
-
-def record(rows: list[Row]) -> dict[str, Any]:
-    """The rows with what made them."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return {
-        "command": " ".join(["fastcon", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "machine": platform.machine()},
-        "versions": run.versions(),
-        "rows": rows,
-    }
 
 
 def features_like_resnets(
@@ -56,7 +30,7 @@ def features_like_resnets(
     return (x * (25 / np.linalg.norm(x, axis=1).mean())).astype(np.float32), np.repeat(np.arange(classes), images)
 
 
-def bench_probe(say: Say, classes: int = 98, width: int = 2048, trials: int = 50, test_images: int = 4000) -> list[Row]:
+def bench(say: Say, classes: int = 98, width: int = 2048, trials: int = 50, test_images: int = 4000) -> list[Row]:
     """The few-shot protocol: all trials with the batched solver, against GridSearchCV(LinearSVC) on the same draws.
 
     scikit-learn is timed on one fit for each C (one fold of the first trial) and extrapolated to trials x (folds x
@@ -118,10 +92,3 @@ def _agreement(say: Say, trials: int = 20) -> list[Row]:
 
 def _row(name: str, ours: float, theirs: float, unit: str, n: int) -> Row:
     return {"name": name, "ours": ours, "theirs": theirs, "unit": unit, "ratio": theirs / ours, "n": n, "device": "cpu"}
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

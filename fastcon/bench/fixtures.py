@@ -1,0 +1,104 @@
+"""What several benchmarks need: images, and a store with logits of any width that no teacher had to compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastcon import bake, precompute, store
+from fastcon.codec import codec
+from fastcon.manifest import Manifest, index
+from fastcon.pipeline import Options
+from fastcon.store import Recipe
+
+
+def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
+    """JPEGs of that size with the detail of photos: a rendered image enlarged, over noise of falling strength."""
+    from PIL import Image
+
+    from fastcon import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = list(render.DOMAINS)
+    for k in range(count):
+        random = np.random.default_rng(k)
+        drawn = render.make(kinds[k % len(kinds)], k, 0).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(drawn, dtype=np.float32)
+        for scale, strength in ((1, 6), (4, 12), (16, 25)):
+            small = random.normal(0, strength, (height // scale + 1, width // scale + 1))
+            pixels = pixels + np.kron(small, np.ones((scale, scale)))[:height, :width, None]
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{k:05d}.jpg", quality=90)
+    return folder
+
+
+def image_files(images: str | None, scratch: Path, count: int, width: int, height: int) -> list[Path]:
+    """The files of `images`, taken out of tars; rendered where none are given."""
+    if images is None:
+        return sorted(photos(scratch / "photos", count, width, height).iterdir())
+    manifest = index([images])
+    folder = scratch / "photos"
+    folder.mkdir()
+    reader = manifest.reader()
+    for k, data in enumerate(reader.read(range(min(len(manifest), count)))):
+        suffix = Path(manifest.name(k)).suffix
+        (folder / f"{k:05d}{suffix}").write_bytes(data.tobytes())
+    reader.close()
+    return sorted(folder.iterdir())
+
+
+def store_of(
+    path: Path,
+    manifest: Manifest,
+    recipe: Recipe,
+    views: int,
+    widths: list[int],
+    options: Options,
+    kind: str = "float16",
+) -> Path:
+    """A finished store whose teachers are normal random logits of these widths."""
+    settings = precompute.Settings(options.batch_size, options.device, options.loader, options.threads, logits=kind)
+    with store.open_for_writing(str(path), manifest, recipe, views, {}) as writer:
+        if recipe.bake is not None:
+            bake.bake(writer, manifest, bake.missing(writer, views), settings)
+        store.set_samples(writer, precompute.decode_samples(writer, manifest, settings))
+        for number, width in enumerate(widths):
+            name = f"teacher-{number}"
+            classes = [str(k) for k in range(width)]
+            record = {"role": "teacher", "classes": classes, "kind": "softmax", "logits": kind, "weights": name}
+            writer.add_teacher(name, record, None)
+            random = torch.Generator().manual_seed(number)
+            for view in range(views):
+                for chunk in range(writer.chunks):
+                    start, stop = writer.chunk_range(chunk)
+                    logits = 3 * torch.randn(stop - start, width, generator=random)
+                    parts = {part: rows.numpy() for part, rows in codec(kind).encode(logits).items()}
+                    writer.write(name, view, chunk, parts)
+    return path
+
+
+def manifest_of(rows: int) -> Manifest:
+    """A manifest of images that are nowhere: for stores whose pixels nobody looks at."""
+    ids: NDArray[np.uint64] = np.arange(rows, dtype=np.uint64)
+    side = np.full(rows, 64, dtype=np.int32)
+    zeros = np.zeros(rows, dtype=np.int64)
+    names = np.frombuffer(b"".join(b"%08d" % k for k in range(rows)), dtype=np.uint8)
+    return Manifest(
+        ids=ids,
+        containers=zeros.astype(np.int32),
+        offsets=zeros - 1,
+        sizes=zeros,
+        widths=side,
+        heights=side,
+        digests=np.zeros((rows, 16), dtype=np.uint8),
+        names=names,
+        name_ends=8 * np.arange(1, rows + 1),
+        labels=np.full(rows, -1, dtype=np.int32),
+        multi_hot=np.zeros((rows, 0), dtype=np.uint8),
+        places=["/nowhere"],
+        classes=[],
+        rejects=[],
+        sources=["/nowhere"],
+    )

@@ -1,0 +1,193 @@
+"""The fused loss, forward and gradient, against a loop over heads in PyTorch, eager and compiled."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcon import objective
+from fastcon.bench import Row, Say, compared, interleave
+from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
+
+CASES = [(32, [1000]), (32, [1000, 98]), (256, [1000, 1000]), (256, [1000] + [200] * 10), (1024, [1500, 1500])]
+"""Rows of a batch, classes of its heads."""
+LARGE = (4096, [10_000])
+
+
+def bench(
+    say: Say, device: torch.device, rounds: int = 7, cases: list[tuple[int, list[int]]] | None = None
+) -> list[Row]:
+    """us of loss and gradient: the fused call, which also gives KL and agreement, against the loss alone in a loop.
+
+    On a GPU the student's logits are bfloat16, there are times under a CUDA graph, and the share of the bandwidth of a
+    plain copy at 4,096 x 10,000. Where torch.compile does not work its rows are left out.
+    """
+    rows = []
+    for batch, widths in cases or CASES:
+        segments = objective.segments(widths, objective.head_weights(list(map(str, range(len(widths)))), "0"))
+        student, teacher = _logits(batch, segments, device)
+        variants = {
+            "ours": _timed(functools.partial(_fused, student, teacher, segments), student),
+            "eager": _timed(functools.partial(_loop, student, teacher, segments), student),
+        }
+        compiled = _compiled(student, teacher, segments, say)
+        if compiled is not None:
+            variants["compiled"] = _timed(compiled, student)
+        seconds = interleave(variants, rounds)
+        case: dict[str, Any] = {
+            "case": f"B = {batch}, {len(widths)} heads, {sum(widths)} classes",
+            "dtype": str(student.dtype)[6:],
+        }
+        for name, theirs in (("loss_vs_eager", "eager"), ("loss_vs_compile", "compiled")):
+            if theirs in seconds:
+                ours, other = (_micro(seconds[k]) for k in ("ours", theirs))
+                rows.append(compared(name, ours, other, "us", device.type, **case))
+                say(f"{name}, {case['case']}: {rows[-1]['ours']:.0f} against {rows[-1]['theirs']:.0f} us")
+        if device.type == "cuda":
+            rows.append(_graph_row(student, teacher, segments, rounds, case))
+    if device.type == "cuda":
+        rows.append(_bandwidth(device, rounds))
+    return rows
+
+
+def _logits(batch: int, segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(batch, segments.columns, generator=generator) * 3 for _ in range(2))
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return student.to(device, kind).requires_grad_(), teacher.to(device, torch.float16)
+
+
+def _micro(seconds: list[float]) -> list[float]:
+    return [1e6 * s for s in seconds]
+
+
+def _fused(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
+    return multihead_cross_entropy(student, teacher, segments).total
+
+
+def _loop(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
+    """Eq. 1 as one would write it."""
+    total = student.new_zeros((), dtype=torch.float32)
+    for offset, width, weight, t in zip(
+        segments.offsets, segments.widths, segments.weights, segments.temperatures, strict=True
+    ):
+        here = slice(offset, offset + width)
+        p = (teacher[:, here].float() / t).softmax(1)
+        total = total - weight * (p * (student[:, here].float() / t).log_softmax(1)).sum(1).mean()
+    return total
+
+
+def _compiled(student: Tensor, teacher: Tensor, segments: Segments, say: Say) -> Callable[[], Tensor] | None:
+    torch.compiler.reset()
+    loop = torch.compile(_loop)
+    try:
+        loop(student, teacher, segments).backward()
+    except Exception as error:
+        say(f"torch.compile does not work here: {' '.join(str(error).split())[:80]}")
+        return None
+    return lambda: loop(student, teacher, segments)
+
+
+def _timed(loss: Callable[[], Tensor], student: Tensor) -> Callable[[], float]:
+    """Seconds of one loss with its gradient, over enough of them to fill a tenth of a second."""
+
+    def once() -> None:
+        student.grad = None
+        loss().backward()
+
+    def run() -> float:
+        once()
+        _wait(student)
+        count, started = 0, time.perf_counter()
+        while count < 3 or time.perf_counter() - started < 0.1:
+            once()
+            count += 1
+            if student.is_cuda and count % 50 == 0:
+                _wait(student)
+        _wait(student)
+        return (time.perf_counter() - started) / count
+
+    return run
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _graph_row(student: Tensor, teacher: Tensor, segments: Segments, rounds: int, case: dict[str, Any]) -> Row:
+    """us under a CUDA graph, ours against the loop over heads captured alike."""
+    variants = {}
+    for name, loss in (
+        ("ours", functools.partial(_fused, student, teacher, segments)),
+        ("eager", functools.partial(_loop, student, teacher, segments)),
+    ):
+        graph = _captured(loss, student)
+        variants[name] = _replayed(graph, student)
+    seconds = interleave(variants, rounds)
+    ours, theirs = _micro(seconds["ours"]), _micro(seconds["eager"])
+    return compared("loss_vs_eager, both in a CUDA graph", ours, theirs, "us", "cuda", **case)
+
+
+def _captured(loss: Callable[[], Tensor], student: Tensor) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(loss(), student)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.autograd.grad(loss(), student)
+    return graph
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, student: Tensor, times: int = 200) -> Callable[[], float]:
+    def run() -> float:
+        _wait(student)
+        started = time.perf_counter()
+        for _ in range(times):
+            graph.replay()
+        _wait(student)
+        return (time.perf_counter() - started) / times
+
+    return run
+
+
+def _bandwidth(device: torch.device, rounds: int) -> Row:
+    """GB/s of loss and gradient (bfloat16 and float16 in, bfloat16 out) against that of a copy of as many bytes."""
+    from fastcon.kernels.multihead_ce_triton import losses_and_gradient
+
+    batch, widths = LARGE
+    segments = objective.segments(widths, [1.0])
+    student, teacher = _logits(batch, segments, device)
+    student = student.detach()
+    moved = 6 * student.numel()
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def rate(work: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(50):
+                work()
+            stop.record()
+            stop.synchronize()
+            return 50 * moved / start.elapsed_time(stop) / 1e6
+
+        return run
+
+    found = interleave(
+        {
+            "ours": rate(lambda: losses_and_gradient(student, teacher, segments, True)),
+            "copy": rate(lambda: target.copy_(source)),
+        },
+        rounds,
+    )
+    return compared("loss_bandwidth", found["ours"], found["copy"], "GB/s", "cuda", case=f"{batch} x {widths[0]}")

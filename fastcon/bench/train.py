@@ -1,0 +1,200 @@
+"""Precompute and training against the same networks on a batch in memory, and against teachers run in the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcon import models, objective, pipeline, precompute
+from fastcon.bench import Row, Say, compared, interleave
+from fastcon.bench.fixtures import image_files, store_of
+from fastcon.loader import Loader
+from fastcon.manifest import index
+from fastcon.models import Classifier
+from fastcon.replay import Replay
+from fastcon.store import Recipe
+from fastcon.train import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A network, its input, its batch, and how many images and batches a round takes."""
+
+    architecture: str
+    size: int
+    batch: int
+    images: int
+    pixels: tuple[int, int]
+    steps: int
+    teachers: int
+
+
+CPU = Scale("torchvision:resnet18", 64, 32, 1024, (96, 72), 24, 1)
+GPU = Scale("torchvision:resnet50", 224, 256, 4096, (500, 375), 40, 4)
+CLASSES = 200
+
+
+def bench(
+    say: Say, device: torch.device, images: str | None = None, rounds: int = 5, scale: Scale | None = None
+) -> list[Row]:
+    """img/s of precompute, of training steps fed by the loader, and of training with its teachers online."""
+    scale = scale or (GPU if device.type == "cuda" else CPU)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        image_files(images, folder, scale.images, *scale.pixels)
+        manifest = index([str(folder / "photos")], trust=True)
+        options = pipeline.Options(scale.batch, device)
+        recipe = Recipe(size=scale.size)
+        case = f"{scale.architecture[12:]}, {scale.size} px"
+        rows = [_precompute(folder, manifest, recipe, scale, device, rounds, case)]
+        say(_line(rows[-1]))
+        for count in (2, 4):
+            path = store_of(folder / f"store-{count}", manifest, recipe, 1, [CLASSES] * count, options)
+            found = _train(path, scale, device, count, rounds, case)
+            rows += found[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
+            for row in found[count > 2 :]:
+                say(_line(row))
+    return rows
+
+
+def _line(row: Row) -> str:
+    return f"{row['name']}, {row['case']}: {row['ours']:,.0f} against {row['theirs']:,.0f} {row['unit']}, ratio {row['ratio']:.2f}"
+
+
+def _network(scale: Scale, device: torch.device, number: int = 0) -> Classifier:
+    torch.manual_seed(number)
+    classes = [str(k) for k in range(CLASSES)]
+    return models.load(f"{scale.architecture}?size={scale.size}", classes=classes).on(device)
+
+
+def _precompute(
+    folder: Path, manifest: Any, recipe: Recipe, scale: Scale, device: torch.device, rounds: int, case: str
+) -> Row:
+    """The whole stage into a new store, from its first batch on, against the teachers on a batch in memory."""
+    used = models.choose_precision("auto", device, training=False)
+    settings = precompute.Settings(128, device, precision=used)
+    teachers = [
+        precompute.Teacher(f"teacher-{k}", "none", _network(scale, device, k).eval()) for k in range(scale.teachers)
+    ]
+    batch = torch.randint(0, 256, (128, 3, scale.size, scale.size), dtype=torch.uint8, device=device)
+    batch = batch.to(memory_format=torch.channels_last)
+    number = iter(range(1_000_000))
+
+    def ours() -> float:
+        times: list[tuple[float, int]] = []
+        path = folder / f"precompute-{next(number)}"
+        precompute.precompute(
+            str(path),
+            manifest,
+            teachers,
+            recipe,
+            1,
+            settings,
+            lambda done, _: times.append((time.perf_counter(), done)),
+        )
+        (start, before), (stop, after) = times[0], times[-1]
+        return (after - before) / (stop - start)
+
+    def alone() -> float:
+        started = time.perf_counter()
+        for _ in range(len(manifest) // 128 - 1):
+            for teacher in teachers:
+                precompute.run_teacher(teacher.model, batch, settings)
+        return 128 * (len(manifest) // 128 - 1) / (time.perf_counter() - started)
+
+    seen = interleave({"ours": ours, "alone": alone}, rounds)
+    what = f"{case}, {scale.teachers} teacher{'s' * (scale.teachers > 1)}, {used}"
+    return compared("precompute", seen["ours"], seen["alone"], "img/s", device.type, case=what)
+
+
+def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: int, case: str) -> list[Row]:
+    used = models.choose_precision("auto", device, training=True)
+    loader = Loader(str(path), batch_size=scale.batch, epochs=1_000_000, device=device)
+    student = _network(scale, device)
+    student.replace_heads(loader.heads, keep={}, seed=0)
+    student.train()
+    optimizer = make_optimizer(student, 0.001, 0.01, 0.9, 1e-4)
+    teachers = [_network(scale, device, k).eval() for k in range(count)]
+    teaching = precompute.Settings(
+        scale.batch, device, precision=models.choose_precision("auto", device, training=False)
+    )
+
+    def step(pixels: Tensor, logits: Any) -> None:
+        with models.precision_context(used, device):
+            out = student(pixels)
+        optimizer.zero_grad(set_to_none=True)
+        objective.loss(out, logits, loader.segments).total.backward()
+        optimizer.step()
+
+    @torch.inference_mode()
+    def teach(pixels: Tensor) -> Tensor:
+        with models.precision_context(teaching.precision, device):
+            return torch.cat([teacher(pixels) for teacher in teachers], 1)
+
+    stream = iter(loader)
+    kept = next(stream)
+
+    def decoded() -> Iterator[Tensor]:
+        replay = Replay(loader.store, loader.manifest)
+        plan = [(epoch, 0) for epoch in range(1_000_000)]
+        requests = (replay.request(number, rows) for number, rows in loader._rows(plan))
+        for pixels in pipeline.decode(replay.images, requests, [scale.size], loader._options):
+            yield pixels[scale.size]
+
+    def timed(work: Callable[[], Any]) -> Callable[[], float]:
+        def run() -> float:
+            work()
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(scale.steps):
+                work()
+            _wait(device)
+            return scale.steps * scale.batch / (time.perf_counter() - started)
+
+        return run
+
+    def offline() -> None:
+        batch = next(stream)
+        step(batch.pixels, batch.stacked)
+
+    online_pixels = decoded()
+
+    def online() -> None:
+        pixels = next(online_pixels)
+        step(pixels, teach(pixels).clone())
+
+    seen = interleave(
+        {
+            "offline": timed(offline),
+            "memory": timed(lambda: step(kept.pixels, kept.stacked)),
+            "online": timed(online),
+            "teachers": timed(lambda: teach(kept.pixels)),
+        },
+        rounds,
+    )
+    stream.close()  # type: ignore[attr-defined]
+    online_pixels.close()  # type: ignore[attr-defined]
+    # The bound of the speed-up: (t_student + t_teachers) / t_student, with t = 1 / rate.
+    bound = statistics.median(1 + s / t for s, t in zip(seen["memory"], seen["teachers"], strict=True))
+    what = f"{case}, batch {scale.batch}, {used}"
+    rows = [
+        compared("train_step", seen["offline"], seen["memory"], "img/s", device.type, case=what),
+        compared(
+            "train_vs_online", seen["offline"], seen["online"], "img/s", device.type, case=f"{what}, N+1 = {count}"
+        ),
+    ]
+    rows[1] |= {"speed_up": rows[1]["ratio"], "bound": bound, "ratio": rows[1]["ratio"] / bound}
+    return rows
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
