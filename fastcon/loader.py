@@ -7,6 +7,7 @@ a pure function of (seed, epoch, batch size, lanes): see `Schedule`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections import OrderedDict
@@ -244,19 +245,18 @@ class _ChunkCache:
     def stacked(self, view: int, rows: NDArray[np.uint32]) -> Tensor | QuantisedLogits:
         """The logits of `rows` [B] of one view, all teachers' side by side."""
         chunk_of, inside = np.divmod(rows, self._store.recipe.chunk_rows)
-        groups = [(int(chunk), chunk_of == chunk) for chunk in np.unique(chunk_of)]
-        found = [
-            {chunk: self._get(name, view, chunk) for chunk, _ in groups} for name in self._names
-        ]  # of every teacher: chunk → parts
+        bounds = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
+        runs = [(int(chunk_of[a]), slice(a, b), _as_slice(inside[a:b])) for a, b in itertools.pairwise(bounds)]
+        found = [{chunk: self._get(name, view, chunk) for chunk, *_ in runs} for name in self._names]
         dtype = np.result_type(*(parts["logits"].dtype for chunks in found for parts in chunks.values()))
         logits = np.empty((len(rows), sum(self._widths)), dtype=dtype)
         scales = np.empty((len(rows), len(self._names), 2), dtype=np.float32)
         at = 0
         for k, (chunks, width) in enumerate(zip(found, self._widths, strict=True)):
-            for chunk, here in groups:
-                logits[here, at : at + width] = chunks[chunk]["logits"][inside[here]]
+            for chunk, here, taken in runs:
+                logits[here, at : at + width] = chunks[chunk]["logits"][taken]
                 if self._as_bytes:
-                    scales[here, k] = chunks[chunk]["scales"][inside[here]]
+                    scales[here, k] = chunks[chunk]["scales"][taken]
             at += width
         values = torch.from_numpy(logits)
         return QuantisedLogits(values, torch.from_numpy(scales)) if self._as_bytes else values
@@ -274,6 +274,13 @@ class _ChunkCache:
                 chunks.popitem(last=False)
         chunks.move_to_end((view, chunk))
         return chunks[view, chunk]
+
+
+def _as_slice(rows: NDArray[np.integer]) -> slice | NDArray[np.integer]:
+    """Rows that follow each other as a slice, which copies at once; others as they are."""
+    if (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[0]) + len(rows))
+    return rows
 
 
 def _manifest(images: Sequence[str] | str | Manifest | None, store: Store) -> Manifest | None:

@@ -40,8 +40,9 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = image_files(images, folder, count, *size)
-        while len(files) < count:  # few photos are read several times over
-            files.append(Path(shutil.copy(files[len(files) % count], folder / "photos" / f"again-{len(files)}.jpg")))
+        for number in range(len(files), count):  # few photos are read several times over
+            again = folder / "photos" / f"z{number:05d}.jpg"
+            files.append(Path(shutil.copy(files[number % len(files)], again)))
         manifest = index([str(folder / "photos")], trust=True)
         options, teachers = Options(BATCH, device), [CLASSES - CLASSES // 3, CLASSES // 3]
         plain = store_of(folder / "store", manifest, Recipe(size=SIDE), views, teachers, options)

@@ -62,13 +62,12 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
                 opened.readinto(buffer)
 
     def chunks() -> None:
-        reader = Store(path)
-        for chunk in range(reader.chunks):
-            reader.parts(kind, 0, chunk)
+        for chunk in range(store.chunks):
+            store.parts(kind, 0, chunk)
 
     def batches() -> None:
         schedule = Schedule(store.rows, 1, store.recipe.chunk_rows, 256, 8, 0)
-        cache = _ChunkCache(Store(path), [kind], keep=16)
+        cache = _ChunkCache(store, [kind], keep=16)
         for rows in schedule.epoch(0):
             cache.stacked(0, rows)
 
