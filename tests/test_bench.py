@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from fastcon import bench
-from fastcon.bench import probe
+from fastcon import bench, objective
+from fastcon.bench import fixtures, kernel, loader, probe, store, train
+from fastcon.loader import Loader
+from fastcon.manifest import index
+from fastcon.pipeline import Options
+from fastcon.store import Recipe, Store
 
 
 def test_rows_of_the_probe_benchmark(monkeypatch):
@@ -38,3 +47,88 @@ def test_a_record_says_what_made_it():
     made = bench.record([])
     assert set(made) == {"command", "commit", "hardware", "versions", "rows"}
     assert made["hardware"]["cores"] >= 1
+
+
+def check(rows, names):
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert {"name", "ours", "theirs", "unit", "ratio", "n", "device", "case"} <= set(row)
+        assert row["ratio"] > 0
+
+
+def test_rows_of_the_kernel_benchmark(monkeypatch):
+    monkeypatch.setattr(kernel, "_compiled", lambda *_: None)
+    rows = kernel.bench(lambda line: None, torch.device("cpu"), rounds=1, cases=[(4, [5, 3])])
+    check(rows, ["loss_vs_eager"])
+    assert rows[0]["case"] == "B = 4, 2 heads, 8 classes"
+    student, teacher = kernel._logits(4, segments := objective.segments([5, 3], [1, 1]), torch.device("cpu"))
+    torch.testing.assert_close(kernel._fused(student, teacher, segments), kernel._loop(student, teacher, segments))
+
+
+def test_rows_of_the_store_benchmark(store_path):
+    rows = store.bench(lambda line: None, str(store_path), rows=2048, classes=20, rounds=1)
+    check(rows, ["store_read", "store_read, in batches of 256"] * 2 + ["codec"] * 8)
+    quality = {row["case"]: row for row in rows if row["name"] == "codec"}
+    assert quality["float16, letters, 3 classes"]["kl_mean"] == 0
+    assert quality["uint8, general, 10 classes"]["ours"] == 18
+    assert quality["uint8, general, 10 classes"]["kl_worst"] < 1e-3
+
+
+def test_rows_of_the_loader_benchmark(monkeypatch):
+    monkeypatch.setattr(loader, "SIDE", 32)
+    monkeypatch.setattr(loader, "BATCH", 8)
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    rows = loader.bench(lambda line: None, torch.device("cpu"), views=2, count=24, rounds=1, size=(60, 48))
+    check(rows, ["loader", "loader, against itself without logits", "loader_baked"])
+    assert rows[0]["case"].startswith("24 photos of 3 kpixel, 2 views")
+    assert rows[2]["bytes_a_view"] > 500
+
+
+def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
+    files = fixtures.image_files(None, tmp_path, 64, 80, 60)
+    recipe, options = Recipe(size=224), Options(64)
+    path = fixtures.store_of(tmp_path / "store", index([str(tmp_path / "photos")]), recipe, 1, [4], options)
+    [theirs] = loader._torchvision(Store(path), files, 0, 1)
+    [ours] = loader._pixels(path, torch.device("cpu"), 1)
+    order = next(iter(Loader(str(path), batch_size=64))).indices.argsort()
+    rows = Store(path).view(0).order.argsort()
+    assert (theirs[rows].float() - ours[order].float()).abs().mean() < 1
+
+
+def test_rows_of_the_train_benchmark():
+    scale = train.Scale("torchvision:shufflenet_v2_x0_5", 32, 8, 256, (40, 36), 2, 1)
+    rows = train.bench(lambda line: None, torch.device("cpu"), rounds=1, scale=scale)
+    check(rows, ["precompute", "train_step", "train_vs_online", "train_vs_online"])
+    for row in rows[2:]:
+        assert row["ratio"] == pytest.approx(row["speed_up"] / row["bound"])
+        assert row["bound"] > 1
+
+
+def test_the_ratio_is_better_when_larger():
+    faster = bench.compared("x", [2.0, 4.0], [1.0, 1.0], "img/s", "cpu")
+    assert (faster["ratio"], faster["ours"], faster["n"]) == (3, 3, 2)
+    assert bench.compared("x", [2.0], [1.0], "us", "cpu")["ratio"] == 0.5
+
+
+def test_variants_take_turns():
+    calls = []
+    seen = bench.interleave({"a": lambda: calls.append("a") or 1.0, "b": lambda: calls.append("b") or 2.0}, 2)
+    assert calls == ["a", "b"] * 3  # one round to warm up
+    assert seen == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+
+
+def test_the_speed_table_comes_from_the_records(tmp_path):
+    spec = importlib.util.spec_from_file_location("table", Path(__file__).parent.parent / "benchmarks" / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = [
+        bench.compared("loader", [500.0], [250.0], "img/s", "cpu"),
+        bench.compared("loss_vs_eager", [10.0], [20.0], "us", "cpu"),
+        bench.compared("loss_vs_eager", [10.0], [5.0], "us", "cpu"),
+    ]
+    (tmp_path / "a-cpu.json").write_text(json.dumps({"hardware": {"cores": 2}, "rows": rows}))
+    made = module.table(tmp_path)
+    assert "(`loader`) | 2.00 (500 against 250 img/s) | ≥ 1.5 | not measured |" in made
+    assert "(`loss_vs_eager`) | 0.50 to 2.00 (2 cases) | ≥ 1 | not measured | ≥ 5 |" in made
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert module.table(Path(module.__file__).parent / "results") in readme

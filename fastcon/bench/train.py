@@ -37,13 +37,13 @@ class Scale:
     teachers: int
 
 
-CPU = Scale("torchvision:resnet18", 64, 32, 1024, (96, 72), 24, 1)
+CPU = Scale("torchvision:resnet18", 64, 32, 1024, (96, 72), 10, 1)
 GPU = Scale("torchvision:resnet50", 224, 256, 4096, (500, 375), 40, 4)
 CLASSES = 200
 
 
 def bench(
-    say: Say, device: torch.device, images: str | None = None, rounds: int = 5, scale: Scale | None = None
+    say: Say, device: torch.device, images: str | None = None, rounds: int = 3, scale: Scale | None = None
 ) -> list[Row]:
     """img/s of precompute, of training steps fed by the loader, and of training with its teachers online."""
     scale = scale or (GPU if device.type == "cuda" else CPU)
