@@ -44,6 +44,13 @@ def test_logits_are_read_back_as_written(store_path):
     assert np.array_equal(np.concatenate(chunks), group["teachers/general/logits"][1])
 
 
+def test_a_chunk_of_zeros_is_no_missing_chunk(copy, proxy):
+    zeros = np.zeros((64, 3), dtype=np.float16)
+    with open_for_writing(copy, proxy, RECIPE, 2, {}) as store:
+        store.write("letters", 1, 1, {"logits": zeros})
+    assert np.array_equal(Store(copy).logits("letters", 1, 1), zeros)
+
+
 def chunk_file(store: Path, view: int = 1, chunk: int = 1) -> Path:
     return store / "teachers" / "letters" / "logits" / "c" / str(view) / str(chunk) / "0"
 
