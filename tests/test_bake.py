@@ -69,6 +69,9 @@ def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teacher
         assert np.array_equal(batch.indices, store.view(number).order[start : start + 50])
         with torch.inference_mode():
             again = run_teacher(teachers[0].model, batch.pixels, dataclasses.replace(SETTINGS, logits="float32"))
+        file = store.shard(number, start // 64)[start % 64]  # the batch's first row, decoded by Pillow
+        first = batch.pixels[0].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(file.tobytes()))) - first).mean() < 2
         difference = again["logits"] - batch.logits["general"].float().numpy()
         assert np.abs(difference).max() < 0.02
 
