@@ -174,14 +174,8 @@ def main() -> None:
     help="Range of the crop's area.",
 )
 @_option("--logits", default="float16", help="How logits are stored: float16, float32, uint8 or topK, as top32.")
-@_option(
-    "--bake",
-    type=click.IntRange(1, 100),
-    is_flag=False,
-    flag_value=90,
-    default=None,
-    help="Keep every view as a JPEG of this quality (90), to train without the photos.",
-)
+@_option("--bake", is_flag=True, help="Keep every view as a JPEG in the store, to train without the photos.")
+@_option("--bake-quality", type=click.IntRange(1, 100), default=90, help="JPEG quality of baked views.")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
 @_precision
@@ -198,7 +192,8 @@ def precompute(
     size: int,
     scale: tuple[float, float],
     logits: str,
-    bake: int | None,
+    bake: bool,
+    bake_quality: int,
     batch_size: int,
     device: str,
     precision: str,
@@ -230,7 +225,7 @@ def precompute(
     chosen = models.choose_device(device)
     used = models.choose_precision(precision, chosen, training=False)
     settings = stage.Settings(batch_size, chosen, loader, threads, used, logits)
-    recipe = Recipe(seed, size, scale, bake=bake)
+    recipe = Recipe(seed, size, scale, bake=bake_quality if bake else None)
     named = ([generalist] if generalist else []) + list(teachers)
     stage.check_names([name for name, _ in named])
     loaded = [

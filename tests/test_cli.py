@@ -275,3 +275,37 @@ def test_the_demo_stops_where_a_command_fails(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "d")])
     assert result.exit_code == 1
     assert "no images in" in result.stderr
+
+
+def test_bench_writes_a_list_of_rows_and_a_record(tmp_path, monkeypatch):
+    from fastcon import bench
+    from fastcon.bench import kernel
+
+    rows = [bench.compared("loss_vs_eager", [1.0], [2.0], "us", "cpu", case="B = 1")]
+    monkeypatch.setattr(kernel, "bench", lambda say, device: rows)
+    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path / "results")
+    result = CliRunner().invoke(main, ["bench", "kernel", "--json", str(tmp_path / "rows.json")])
+    assert result.exit_code == 0, result.output
+    assert "loss_vs_eager (B = 1): 1 against 2 us, ratio 2.00" in result.output
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    record = json.loads((tmp_path / "results" / "kernel-cpu.json").read_text())
+    assert set(record) == {"command", "commit", "hardware", "versions", "rows"}
+    assert record["rows"] == rows
+
+
+def test_a_store_in_bytes_with_baked_views_from_the_command_line(tmp_path, proxy_folder, generalist_file):
+    store, out = tmp_path / "store", tmp_path / "run"
+    made = CliRunner().invoke(
+        main,
+        ["precompute", str(proxy_folder), "--store", str(store), "--views", "1", "--size", "32", "--logits", "uint8",
+         "--generalist", f"general={generalist_file}", "--bake", "--bake-quality", "80"],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    trained = CliRunner().invoke(
+        main, ["train", "--store", str(store), "--method", "soft-label", "--epochs", "1", "--out", str(out)]
+    )
+    assert trained.exit_code == 0, trained.output
+    shown = CliRunner().invoke(main, ["info", str(store)]).output
+    assert "JPEG quality 80, 100% done" in shown
+    assert "uint8 logits" in shown
+    assert "  time: " in CliRunner().invoke(main, ["info", str(out)]).output

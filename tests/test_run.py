@@ -8,7 +8,7 @@ import pytest
 
 from fastcon import checkpoint, info
 from fastcon.errors import FastconError, optional_import
-from fastcon.run import Metrics, Run
+from fastcon.run import Metrics, Run, Waits
 
 
 def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
@@ -50,6 +50,42 @@ def test_info_says_when_a_run_is_unfinished(tmp_path):
     facts, text = info.describe(str(tmp_path / "run"))
     assert not facts["finished"]
     assert "not finished: run its command again" in text
+
+
+CONFIG = {"command": "train", "store": {"recipe": {"bake": None}}}
+
+
+def test_info_adds_up_what_a_run_waited_for(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", CONFIG)
+    run.begin()
+    clock = iter([0.0, 10.0, 100.0, 130.0])  # two sittings, of 10 and of 30 seconds
+    monkeypatch.setattr("fastcon.run.time.perf_counter", lambda: next(clock))
+    for pixels in (6.0, 14.0):
+        waits = Waits({"pixels": pixels, "logits": 1.0})
+        waits.step(0.5)
+        waits.step(0.5)
+        waits.write(run)
+    facts, text = info.describe(str(run.path))
+    assert facts["waits"] == pytest.approx({"pixels": 0.5, "logits": 0.05, "host": 0.05, "step": 0.4, "seconds": 40})
+    assert "time: 50% pixels, 5% logits, 5% host, 40% step of 40 s" in text
+    assert "to be faster: --threads" in text
+
+
+@pytest.mark.parametrize(
+    ("waits", "baked", "advice"),
+    [
+        ({"pixels": 0.3, "logits": 0.1, "host": 0}, None, "precompute --bake"),
+        ({"pixels": 0.3, "logits": 0.1, "host": 0}, 90, "--threads for as many decoding threads as there are cores"),
+        ({"pixels": 0.1, "logits": 0.3, "host": 0}, None, "--logits uint8"),
+        ({"pixels": 0.1, "logits": 0, "host": 0.2}, None, "--log-every"),
+        ({"pixels": 0.08, "logits": 0.02, "host": 0.09}, None, "--precision"),
+    ],
+)
+def test_what_to_change_follows_from_the_largest_wait(waits, baked, advice):
+    shares = waits | {"step": 1 - sum(waits.values()), "seconds": 9}
+    line = info.diagnosis(shares, {"store": {"recipe": {"bake": baked}}})[1]
+    assert advice in line
+    assert ("--bake" in line) == (advice == "precompute --bake")
 
 
 def test_a_missing_dependency_names_its_extra():
