@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastcon import pipeline
+from fastcon.errors import Interrupted
 from fastcon.manifest import Manifest
 from fastcon.pipeline import Request
+from fastcon.replay import Replay
 from fastcon.store import Store, StoreWriter
 
 Place = tuple[int, int]
@@ -36,38 +38,43 @@ def bake(
     work: list[Place],
     options: pipeline.Options,
     progress: Callable[[int, int], None] | None = None,
+    stop: Sequence[int] = (),
 ) -> None:
-    """Write the shards of `work`. progress gets (rows done, rows to do)."""
+    """Write the shards of `work`. progress gets (rows done, rows to do). Raises Interrupted as `precompute.fill` does."""
     size, quality = store.recipe.size, store.recipe.bake
     assert quality is not None
     spans = [store.chunk_range(chunk) for _, chunk in work]
-    total, done = sum(stop - start for start, stop in spans), 0
+    total, done = sum(end - start for start, end in spans), 0
     batches = [
-        (place, slice(at, min(at + options.batch_size, stop)), stop)
-        for place, (start, stop) in zip(work, spans, strict=True)
-        for at in range(start, stop, options.batch_size)
+        (place, slice(at, min(at + options.batch_size, end)), end)
+        for place, (start, end) in zip(work, spans, strict=True)
+        for at in range(start, end, options.batch_size)
     ]
 
+    replay = Replay(store, manifest)
+
     def requests() -> pipeline.Requests:
-        view, number = None, -1
-        for (wanted, _), rows, _ in batches:
-            if view is None or wanted != number:
-                number, view = wanted, store.view(wanted)
+        for (number, _), rows, _ in batches:
+            view = replay.view(number)
             yield Request(view.order[rows], view.boxes[rows], view.flips[rows])
 
     parts: list[bytes] = []
     decoded = pipeline.decode(manifest, requests(), [size], options)
     with ThreadPoolExecutor(options.cores) as pool:
-        for ((view, chunk), rows, stop), pixels in zip(batches, decoded, strict=True):
+        for ((view, chunk), rows, end), pixels in zip(batches, decoded, strict=True):
             views = pixels[size].permute(0, 2, 3, 1).cpu().numpy()
             files = pool.map(encode, views, [quality] * len(views))
             parts += [member(row, data) for row, data in enumerate(files, rows.start)]
-            if rows.stop == stop:
+            if rows.stop == end:
                 store.write_shard(view, chunk, b"".join([*parts, bytes(1024)]))
                 parts = []
             done += len(views)
             if progress:
                 progress(done, total)
+            if stop:
+                raise Interrupted(
+                    f"stopped by signal {stop[0]} after {done} of {total} views were baked; run the same command to resume"
+                )
 
 
 def encode(pixels: NDArray[np.uint8], quality: int) -> bytes:

@@ -23,10 +23,20 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise FastconError(
             f"{path} cannot be written ({error.strerror}): free space, then run the same command again"
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder last."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ case, never probabilities: another temperature stays possible (for `topK` only r
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import re
@@ -35,7 +36,7 @@ def codec(name: str) -> Codec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
+class Codec(abc.ABC):
     """A way to store logits; `name` is what the store's record calls it."""
 
     name: str
@@ -43,17 +44,17 @@ class Codec:
     largest_kl = 0.0
     """Mean KL at T = 2, in nats, that storing may add when equal logits are computed once more, rounding apart."""
 
+    @abc.abstractmethod
     def parts(self, classes: int) -> dict[str, tuple[str, int]]:
         """Array name → (dtype, width) of what is stored of a row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """float32 logits [B, C], on any device → the parts of every row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, parts: Parts, classes: int) -> NDArray[Any]:
         """Parts → logits [B, C]."""
-        raise NotImplementedError
 
     def row_bytes(self, classes: int) -> int:
         """Bytes of one row."""

@@ -29,6 +29,9 @@ from fastcon.precompute import check_pixels
 from fastcon.replay import Replay
 from fastcon.store import Store
 
+_Rows = tuple[Tensor | QuantisedLogits, NDArray[np.uint32], Tensor | None]
+"""Logits, image indices and labels of a batch, as in `Batch`."""
+
 
 class Batch(NamedTuple):
     """What a loader yields."""
@@ -175,10 +178,10 @@ class Loader:
     def batches(self, epochs: Sequence[int], skip: int = 0) -> Iterator[Batch]:
         """The batches of some epochs, without the first `skip` of the first."""
         plan = [(epoch, skip if k == 0 else 0) for k, epoch in enumerate(epochs)]
-        replay = Replay(self.store, self.manifest)
+        replay = Replay(self.store, self.manifest, keep=2 * self.schedule.lanes)
         requests = (replay.request(number, rows) for number, rows in self._rows(plan))
         pixels = pipeline.decode(replay.images, requests, [self.store.recipe.size], self._options)
-        rows = pipeline.prefetch(self._logits(plan), depth=2)
+        rows = pipeline.prefetch(_on(self.device, self._logits(plan)), depth=2)
         try:
             while True:
                 started = time.perf_counter()
@@ -187,16 +190,14 @@ class Loader:
                 self.waits["pixels"] += decoded - started
                 if images is None:
                     return
-                stacked, indices, labels = next(rows)
+                (stacked, indices, labels), copied = next(rows)
+                if copied is not None:
+                    stream = torch.cuda.current_stream(self.device)
+                    stream.wait_event(copied)
+                    for tensor in _tensors(stacked, labels):
+                        tensor.record_stream(stream)  # its memory is not given away before the work with it is done
                 self.waits["logits"] += time.perf_counter() - decoded
-                yield Batch(
-                    images[self.store.recipe.size],
-                    stacked.to(self.device, non_blocking=True),
-                    indices,
-                    None if labels is None else labels.to(self.device, non_blocking=True),
-                    self.names,
-                    self._widths,
-                )
+                yield Batch(images[self.store.recipe.size], stacked, indices, labels, self.names, self._widths)
         finally:
             rows.close()
             pixels.close()  # type: ignore[attr-defined]
@@ -206,20 +207,15 @@ class Loader:
             for rows in self.schedule.epoch(epoch)[skip:]:
                 yield epoch % self.store.views, rows
 
-    def _logits(
-        self, plan: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[Tensor | QuantisedLogits, NDArray[np.uint32], Tensor | None]]:
-        """Of every batch: the teachers' logits, image indices, labels. For a GPU: in page-locked memory."""
+    def _logits(self, plan: Sequence[tuple[int, int]]) -> Iterator[_Rows]:
+        """Of every batch: the teachers' logits, image indices, labels."""
         chunks = _ChunkCache(self.store, self.names, keep=2 * self.schedule.lanes)
         replay = Replay(self.store, self.manifest)
         all_labels = None if self.manifest is None else self.manifest.labels
         labelled = all_labels is not None and bool((all_labels >= 0).any())
-        pin = self.device.type == "cuda"
         for number, rows in self._rows(plan):
             stacked, indices = chunks.stacked(number, rows), replay.view(number).order[rows]
             labels = torch.from_numpy(all_labels[indices].astype(np.int64)) if labelled else None  # type: ignore[index]
-            if pin:
-                stacked, labels = stacked.pin_memory(), None if labels is None else labels.pin_memory()
             yield stacked, indices, labels
 
     def _check_complete(self) -> None:
@@ -274,6 +270,24 @@ class _ChunkCache:
                 chunks.popitem(last=False)
         chunks.move_to_end((view, chunk))
         return chunks[view, chunk]
+
+
+def _on(device: torch.device, rows: Iterator[_Rows]) -> Iterator[tuple[_Rows, torch.cuda.Event | None]]:
+    """Rows on a device, copied on a stream of their own, and what to wait for before their use."""
+    if device.type != "cuda":
+        yield from ((row, None) for row in rows)
+        return
+    own = torch.cuda.Stream(device)
+    for stacked, indices, labels in rows:
+        with torch.cuda.stream(own):
+            there = [tensor.pin_memory().to(device, non_blocking=True) for tensor in _tensors(stacked, labels)]
+            done = own.record_event()
+        labels = None if labels is None else there.pop()
+        yield (there[0] if isinstance(stacked, Tensor) else QuantisedLogits(*there), indices, labels), done
+
+
+def _tensors(stacked: Tensor | QuantisedLogits, labels: Tensor | None) -> list[Tensor]:
+    return [*([stacked] if isinstance(stacked, Tensor) else stacked), *([] if labels is None else [labels])]
 
 
 def _as_slice(rows: NDArray[np.integer]) -> slice | NDArray[np.integer]:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from fastcon import bake, models, pipeline, views
 from fastcon import store as stores
 from fastcon.codec import Parts, codec
-from fastcon.errors import FastconError
+from fastcon.errors import FastconError, Interrupted
 from fastcon.manifest import Manifest
 from fastcon.models import Classifier
 from fastcon.pipeline import Request
 from fastcon.replay import Replay
+from fastcon.run import stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,17 @@ def precompute(
 ) -> int:
     """Fill a store; returns the number of rows computed (0: all were there). progress gets (rows done, rows to do).
 
-    Raises FastconError for a store, teacher or image set that does not go with what is recorded.
+    Raises FastconError for a store, teacher or image set that does not go with what is recorded, Interrupted after a
+    signal: finished chunks are then written.
     """
     check_names([teacher.name for teacher in teachers])
     started = time.perf_counter()
     used = pipeline.settings(settings.loader, settings.device)
-    with stores.open_for_writing(path, manifest, recipe, view_count, used) as store:
+    with stores.open_for_writing(path, manifest, recipe, view_count, used) as store, stop_signals() as stop:
         if recipe.bake is not None:
             unbaked = bake.missing(store, view_count)
             if unbaked:
-                bake.bake(store, manifest, unbaked, settings, progress)
+                bake.bake(store, manifest, unbaked, settings, progress, stop)
         if store.record["samples_digest"] is None:
             stores.set_samples(store, decode_samples(store, manifest, settings))
         else:
@@ -93,7 +95,7 @@ def precompute(
             if any(lacks[view, chunk] for lacks in missing.values())
         ]
         if work:
-            fill(store, manifest, teachers, missing, work, settings, progress)
+            fill(store, manifest, teachers, missing, work, settings, progress, stop)
         rows = sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
         if rows and not stores.is_url(path):
             seconds = time.perf_counter() - started
@@ -143,8 +145,17 @@ def check_names(names: Sequence[str]) -> None:
         stores.check_name(name)
 
 
-def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, settings: Settings) -> float:
-    """Rows a second of decoding and running the teachers here, on the first few batches after one to warm up."""
+class Measured(NamedTuple):
+    """What the first few batches took here."""
+
+    rate: float
+    """Rows a second of decoding, baking and running the teachers."""
+    baked: float
+    """Bytes a row of baked views; 0 without."""
+
+
+def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, settings: Settings) -> Measured:
+    """Time the first few batches, after one to warm up."""
     for teacher in teachers:
         teacher.model.on(settings.device)
     indices = np.arange(5 * settings.batch_size) % len(manifest)
@@ -154,14 +165,18 @@ def measure(manifest: Manifest, teachers: list[Teacher], recipe: stores.Recipe, 
     flips = views.flips(recipe.seed, manifest.ids[indices], 0)
     slices = [slice(at, at + settings.batch_size) for at in range(0, len(indices), settings.batch_size)]
     requests = [Request(indices[rows], boxes[rows], flips[rows]) for rows in slices]
-    start = 0.0
-    decoded = pipeline.decode(manifest, requests, [teacher.model.size for teacher in teachers], settings)
-    for k, pixels in enumerate(decoded):
+    start, baked = 0.0, 0
+    sizes = [recipe.size, *(teacher.model.size for teacher in teachers)]
+    for k, pixels in enumerate(pipeline.decode(manifest, requests, sizes, settings)):
         for teacher in teachers:
             run_teacher(teacher.model, pixels[teacher.model.size], settings)
+        if recipe.bake is not None:
+            crops = pixels[recipe.size].permute(0, 2, 3, 1).cpu().numpy()
+            baked += sum(len(bake.member(0, bake.encode(crop, recipe.bake))) for crop in crops)
         if k == 0:
             start = time.perf_counter()
-    return (len(indices) - settings.batch_size) / (time.perf_counter() - start)
+    rate = (len(indices) - settings.batch_size) / (time.perf_counter() - start)
+    return Measured(rate, baked / len(indices))
 
 
 def _record(teacher: Teacher, settings: Settings) -> dict[str, Any]:
@@ -194,8 +209,12 @@ def fill(
     work: Work,
     settings: Settings,
     progress: Progress | None = None,
+    stop: Sequence[int] = (),
 ) -> None:
-    """Compute the (view, chunk) pairs of `work` for the teachers whose `missing` [V, chunks] says so, and write them."""
+    """Compute the (view, chunk) pairs of `work` for the teachers whose `missing` [V, chunks] says so, and write them.
+
+    Raises Interrupted when a signal's number has come into `stop`: what was finished is then written.
+    """
     for teacher in teachers:
         teacher.model.on(settings.device)
     batches = [(view, chunk, rows) for view, chunk in work for rows in batches_of(store, chunk, settings.batch_size)]
@@ -212,12 +231,16 @@ def fill(
                     _check_finite(parts, teacher, store, manifest, view, rows)
                     pieces.setdefault(teacher.name, []).append(parts)
             if rows.stop == store.chunk_range(chunk)[1]:
-                for name, found in pieces.items():
-                    writer.put((name, view, chunk, {p: np.concatenate([f[p] for f in found]) for p in found[0]}))
+                whole = {n: {p: np.concatenate([f[p] for f in found]) for p in found[0]} for n, found in pieces.items()}
+                writer.put([(name, view, chunk, parts) for name, parts in whole.items()])
                 pieces = {}
             done += rows.stop - rows.start
             if progress:
                 progress(done, total)
+            if stop:
+                break
+    if stop and done < total:
+        raise Interrupted(f"stopped by signal {stop[0]} after {done} of {total} rows; run the same command to resume")
 
 
 def batches_of(store: stores.Store, chunk: int, batch_size: int) -> list[slice]:
@@ -248,11 +271,14 @@ def _check_finite(
 
 
 class _Writer:
-    """Writes finished chunks in a thread of its own, at most two behind; its error is raised at the next `put`."""
+    """Writes a finished chunk in a thread of its own while the next is computed; its error is raised at the next `put`.
+
+    So a kill costs at most two chunks: the one being written and the one being computed.
+    """
 
     def __init__(self, store: stores.StoreWriter) -> None:
         self._store = store
-        self._queue: queue.Queue[Any] = queue.Queue(2)
+        self._queue: queue.Queue[Any] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -260,9 +286,11 @@ class _Writer:
         self._thread.start()
         return self
 
-    def put(self, item: tuple[str, int, int, Parts]) -> None:
-        self._queue.put(item)
+    def put(self, items: list[tuple[str, int, int, Parts]]) -> None:
+        """Hand over a chunk of every teacher, when the one before is written."""
+        self._queue.join()
         self._raise()
+        self._queue.put(items)
 
     def __exit__(self, *exception: object) -> None:
         self._queue.put(None)
@@ -280,9 +308,10 @@ class _Writer:
             raise self._error
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None:
-                try:
+        while (items := self._queue.get()) is not None:
+            try:
+                for item in items if self._error is None else []:
                     self._store.write(*item)
-                except BaseException as error:
-                    self._error = error
+            except BaseException as error:
+                self._error = error
+            self._queue.task_done()

@@ -16,20 +16,19 @@ from fastcon.manifest import Manifest
 from fastcon.pipeline import Images, Reader, Request
 from fastcon.store import Store, View
 
-_OPEN_SHARDS = 16
-
 
 class Replay:
     """The views of a store for `pipeline.decode`: `images` to decode from, and the request for any rows.
 
-    A store with baked views needs no manifest. Raises FastconError where one is needed, or is of other images.
+    A store with baked views needs no manifest; raises FastconError where one is needed. keep: shards held open, twice
+    the lanes of a loader.
     """
 
-    def __init__(self, store: Store, manifest: Manifest | None) -> None:
+    def __init__(self, store: Store, manifest: Manifest | None, keep: int = 16) -> None:
         self._store, self._number = store, -1
         self._view: View | None = None
         if store.recipe.bake is not None:
-            self.images: Images = BakedViews(store)
+            self.images: Images = BakedViews(store, keep)
         elif manifest is None:
             raise FastconError(f"{store.path} has no baked views: give the images that it was made from")
         else:
@@ -53,8 +52,8 @@ class Replay:
 class BakedViews:
     """The shards of a store as images: index view * rows + row is the baked view of that row."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, keep: int) -> None:
+        self.store, self._keep = store, keep
         self.side: int | None = store.recipe.size
 
     def name(self, index: int) -> str:
@@ -64,14 +63,14 @@ class BakedViews:
 
     def reader(self) -> Reader:
         """Reads their bytes, checked against the store's record."""
-        return _ShardReader(self.store)
+        return _ShardReader(self.store, self._keep)
 
 
 class _ShardReader:
     """The last few shards, mapped into memory: every lane of a loader is inside one."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, keep: int) -> None:
+        self._store, self._keep = store, keep
         self._shards: OrderedDict[tuple[int, int], list[NDArray[np.uint8]]] = OrderedDict()
 
     def read(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -88,7 +87,7 @@ class _ShardReader:
         key = (view, chunk)
         if key not in self._shards:
             self._shards[key] = self._store.shard(view, chunk)
-            if len(self._shards) > _OPEN_SHARDS:
+            if len(self._shards) > self._keep:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(key)
         return self._shards[key]

@@ -268,7 +268,12 @@ def make_optimizer(
         {"params": student.backbone_parameters(), "lr": lr_backbone, "base": lr_backbone},
         {"params": list(student.head_module.parameters()), "lr": lr_heads, "base": lr_heads},
     ]
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    # Where a scaler skips the very first step, torch 2.15's fused SGD leaves its buffers uninitialised and uses them.
+    for group in optimizer.param_groups if momentum else ():
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -363,6 +368,7 @@ def _identity(store: Store, names: list[str]) -> dict[str, Any]:
         "recipe": store.recipe.record(),
         "images": store.record["images"]["digest"],
         "views": store.views,
+        "generalist": store.generalist,
         "teachers": {name: store.teachers[name]["weights"] for name in names},
     }
 

@@ -76,14 +76,6 @@ class QuantisedLogits(NamedTuple):
     scales: Tensor
     """float32 [B, H, 2]: offset and scale."""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> QuantisedLogits:
-        """On a device."""
-        return QuantisedLogits(*(t.to(device, non_blocking=non_blocking) for t in self))
-
-    def pin_memory(self) -> QuantisedLogits:
-        """In page-locked memory."""
-        return QuantisedLogits(*(t.pin_memory() for t in self))
-
     def head(self, number: int, columns: slice) -> Tensor:
         """The logits of one head, float32 [B, C]."""
         offset, scale = self.scales[:, number, :1], self.scales[:, number, 1:]
@@ -110,7 +102,8 @@ def multihead_cross_entropy(
 
     student: [B, >= sum C] float16, bfloat16, float32 or float64, the tensor that gets the gradient.
     teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which no tensor of floats is made of.
-    impl: "torch", "triton" or None to choose by device. Nothing waits for a GPU, so a CUDA graph can hold the call.
+    impl: "torch", "triton" or None to choose by device. Nothing waits for a GPU once the
+    first call has put the segment table there.
     Raises ValueError for shapes that do not fit the table.
     """
     values, scales = teacher if isinstance(teacher, QuantisedLogits) else (teacher, None)
