@@ -1,8 +1,7 @@
 """Linear SVMs on frozen features: the paper's few-shot protocol, as a library on plain arrays.
 
 One-vs-rest, squared hinge, intercept penalised as liblinear does; C by stratified cross-validation inside each
-draw; ties go to the smallest C. The solver sees the features in the span of the training rows, where the optimum is
-the same and the problems are small.
+draw; ties go to the smallest C.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastcon import splits
 from fastcon.errors import FastconError
-from fastcon.solvers import SOLVERS, Scores
+from fastcon.solvers import SOLVERS, Scores, Solver
+from fastcon.workers import workers
 
 C_GRID = tuple(10.0**k for k in range(-3, 4))
 T = TypeVar("T")
@@ -36,6 +34,8 @@ class Result:
     chosen_c: list[float]
     per_class: list[float]
     """Accuracy of each class, averaged over trials; NaN for a class without test images."""
+    gaps: list[float | None] = dataclasses.field(default_factory=list)
+    """The largest relative duality gap of each trial's solutions; None where the solver certifies nothing."""
 
     @property
     def mean(self) -> float:
@@ -91,65 +91,48 @@ def few_shot(
             stacklevel=2,
         )
 
-    def run(trial: int) -> tuple[float, NDArray[np.bool_]]:
+    def run(trial: int) -> tuple[float, float | None, NDArray[np.bool_]]:
         rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
-        cost, scores = _trial(features[rows], labels[rows], test_features, fold, classes, sorted(c_grid), solver)
-        return cost, scores.argmax(1) == test_labels
+        fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes)
+        cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
+        return cost, fits.gap, scores.argmax(1) == test_labels
 
     count = trials if shots is not None else 1
-    accuracies, chosen, per_class = [], [], []
-    for trial, (cost, right) in enumerate(_side_by_side(run, count), 1):
+    accuracies, chosen, per_class, gaps = [], [], [], []
+    for trial, (cost, gap, right) in enumerate(_side_by_side(run, count), 1):
         accuracies.append(float(right.mean()))
         chosen.append(cost)
+        gaps.append(gap)
         per_class.append(_by_class(right, test_labels, classes))
         if progress:
             progress(trial, count)
-    return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist())
+    return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist(), gaps)
 
 
 def _side_by_side(run: Callable[[int], T], count: int) -> Iterator[T]:
-    """Trials in order, one a core: many small systems gain more from that than from threads inside each."""
+    """Trials in order, one a core."""
     if count == 1:
         yield run(0)
         return
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield from pool.map(run, range(count))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+    with workers(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(run, range(count))
 
 
-def _trial(
-    train: NDArray, labels: NDArray, test: NDArray, fold: NDArray, classes: int, costs: list[float], solver: str
-) -> tuple[float, Scores]:
+def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: list[float]) -> tuple[float, Scores]:
     """Choose C on the folds, fit on all rows, score the test rows [m, classes]."""
-    fit = SOLVERS["batched" if solver == "auto" else solver]
-    train, test = _in_span(train, test)
     accuracy = np.zeros((len(np.unique(fold)), len(costs)))
     for k, number in enumerate(np.unique(fold)):
-        inside, outside = fold != number, fold == number
+        inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         if len(np.unique(labels[inside])) < 2:
             raise FastconError(
                 "a fold of the training rows holds fewer than two classes: use fewer --folds or more --shots"
             )
-        for c, scores in enumerate(fit(train[inside], labels[inside], train[outside], classes, costs)):
+        for c, scores in enumerate(fits.held_out(inside, outside, costs)):
             accuracy[k, c] = (scores.argmax(1) == labels[outside]).mean()
     mean = accuracy.mean(0)
     best = int(np.argmax(mean >= mean.max() - 1e-12))  # the first: ties go to the smallest C
-    [scores] = fit(train, labels, test, classes, [costs[best]])
-    return costs[best], scores
-
-
-def _in_span(train: NDArray, test: NDArray) -> tuple[NDArray, NDArray]:
-    """Coordinates in the span of the training rows, where w lies, if that is smaller than the feature space."""
-    if len(train) >= train.shape[1]:
-        return train, test
-    train = np.asarray(train, np.float64)
-    basis = np.linalg.qr(train.T)[0]  # [D, n], orthonormal
-    return train @ basis, np.asarray(test @ basis.astype(test.dtype), np.float64)
+    return costs[best], fits.test(costs[: best + 1], test)
 
 
 def _by_class(right: NDArray[np.bool_], labels: NDArray, classes: int) -> NDArray[np.float64]:

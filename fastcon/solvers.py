@@ -8,7 +8,8 @@ libraries to check it against. `LinearSVM` offers the batched one as a scikit-le
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,54 +21,138 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm
 
-GRAM_ROWS = 2048
-"""Up to here the Gram matrix is used even for fewer features: it solves any C exactly."""
+GRAM_ROWS = 8192
+"""Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
 Scores = NDArray[np.float64]
-Solver = Callable[[NDArray, NDArray, NDArray, int, list[float]], list[Scores]]
-"""(train [n, d], labels [n], rows [m, d], classes K, values of C) → decision values [m, K], one array a C."""
+Rows = NDArray[np.intp]
 
 
-def batched(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    """The certified solver: over the Gram matrix where rows are no more than features or 2,048, else in the primal."""
-    try:
-        return (_over_gram if len(train) <= max(train.shape[1], GRAM_ROWS) else _in_primal)(
-            train, labels, rows, classes, costs
-        )
-    except ArithmeticError as error:  # not converged, or not positive definite
-        raise FastconError(
-            f"the SVMs did not reach their optimum ({error}): leave that C out of the grid, or scale the features"
-        ) from error
+class Solver(Protocol):
+    """Fits on the training rows [n, D] of a draw, or on some of them. Costs are values of C in rising order."""
+
+    gap: float | None
+    """The largest relative duality gap of all its solutions so far; None where a solver does not say."""
+
+    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
+        """Train on the rows `inside`: decision values [m, K] of the rows `outside`, one array a C."""
+
+    def test(self, costs: list[float], rows: NDArray) -> Scores:
+        """Train on all rows with the last C (those before it may serve as starts): decision values [m, K] of `rows`."""
 
 
-def sklearn(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    """scikit-learn's LinearSVC (liblinear); a class without a training row scores below every other."""
+class Batched:
+    """The certified solver: over the Gram matrix where rows are no more than features or 8,192, else in the primal."""
+
+    def __init__(self, train: NDArray, labels: NDArray, classes: int) -> None:
+        self._labels, self._classes = labels, classes
+        self.gap: float | None = 0.0
+        self._gram: svm.Gram | None = None
+        if len(train) <= max(train.shape[1], GRAM_ROWS):
+            self._rows = _tensor(train, np.float64)
+            self._gram = svm.Gram.of(self._rows @ self._rows.T + 1)
+        else:
+            self._rows = _tensor(train, np.float32)
+
+    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
+        """See Solver. Raises FastconError where an optimum is not reached."""
+        here, there = torch.from_numpy(inside), torch.from_numpy(outside)
+        if self._gram is None:
+            return [_linear(weights, self._rows[there]).numpy() for weights in self._primal(here, costs)]
+        across = self._gram.matrix[there][:, here]
+        return [(across @ beta.T).numpy() for beta in self._dual(self._gram[here], here, costs)]
+
+    def test(self, costs: list[float], rows: NDArray) -> Scores:
+        """See Solver. Raises FastconError where an optimum is not reached."""
+        everything = torch.arange(len(self._rows))
+        if self._gram is None:
+            weights = self._primal(everything, costs)[-1]
+        else:
+            beta = self._dual(self._gram, everything, costs)[-1]
+            weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
+        across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64)
+        return _linear(weights.to(across.dtype), across).double().numpy()
+
+    def _dual(self, gram: svm.Gram, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
+        signs = _signs(self._labels, self._classes)[:, rows]
+        path: list[torch.Tensor] = []
+        for cost in costs:
+            path.append(self._certified(svm.solve, gram, signs, cost, path[-1] if path else None))
+        return path
+
+    def _primal(self, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
+        x, y = self._rows[rows], torch.from_numpy(self._labels)[rows]
+        path: list[torch.Tensor] = []
+        for cost in costs:
+            path.append(self._certified(svm.solve_primal, x, y, self._classes, cost, path[-1] if path else None))
+        return path
+
+    def _certified(self, solve: Callable[..., tuple[torch.Tensor, torch.Tensor]], *problem: Any) -> torch.Tensor:
+        try:
+            solution, gap = solve(*problem)
+        except ArithmeticError as error:  # not converged, or not positive definite
+            raise FastconError(
+                f"the SVMs did not reach their optimum ({error}): leave that C out of the grid, or scale the features"
+            ) from error
+        self.gap = max(self.gap or 0.0, float(gap.max()))
+        return solution
+
+
+class Library:
+    """A library's solver for one C at a time, in the span of the training rows: the optimum is the same there."""
+
+    gap: float | None = None
+
+    def __init__(self, fit: Callable[[NDArray, NDArray, float], Any], *draw: Any) -> None:
+        """fit: (rows [n, d], labels [n], C) → a model with `decision_function`. draw: train, labels, classes."""
+        self._fit = fit
+        train, self._labels, self._classes = draw
+        self._basis = None
+        if len(train) < train.shape[1]:
+            self._basis = np.linalg.qr(np.asarray(train, np.float64).T)[0]  # [D, n], orthonormal
+        self._train = self._in_span(np.asarray(train, np.float64))
+
+    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
+        """See Solver."""
+        return [self._scores(inside, cost, self._train[outside]) for cost in costs]
+
+    def test(self, costs: list[float], rows: NDArray) -> Scores:
+        """See Solver."""
+        return self._scores(np.arange(len(self._train)), costs[-1], self._in_span(rows))
+
+    def _in_span(self, rows: NDArray) -> NDArray:
+        return rows if self._basis is None else np.asarray(rows @ self._basis.astype(rows.dtype), np.float64)
+
+    def _scores(self, inside: Rows, cost: float, rows: NDArray) -> Scores:
+        """A class without a training row scores below every other."""
+        values = np.asarray(self._fit(self._train[inside], self._labels[inside], cost).decision_function(rows))
+        scores = np.full((len(rows), self._classes), -np.inf)
+        scores[:, np.unique(self._labels[inside])] = np.stack([-values, values], 1) if values.ndim == 1 else values
+        return scores
+
+
+def _sklearn(train: NDArray, labels: NDArray, cost: float) -> Any:
     from sklearn.svm import LinearSVC
 
-    def fit(cost: float) -> Any:
-        return LinearSVC(C=cost, dual=len(train) <= train.shape[1], tol=1e-6, max_iter=100_000).fit(train, labels)
-
-    return [_all_classes(fit(cost).decision_function(rows), np.unique(labels), classes) for cost in costs]
+    return LinearSVC(C=cost, dual=len(train) <= train.shape[1], tol=1e-6, max_iter=100_000).fit(train, labels)
 
 
-def cuml(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    """cuML's LinearSVC on the GPU. Its squared-hinge gradient is half the loss's, so it is given 2C for C."""
+def _cuml(train: NDArray, labels: NDArray, cost: float) -> Any:
+    """cuML's squared-hinge gradient is half the loss's, so it is given 2C for C."""
     if not torch.cuda.is_available():
         raise FastconError("--solver cuml needs an NVIDIA GPU, and PyTorch sees none here: use --solver batched")
-    library = optional_import("cuml.svm", "cuml")
-
-    def fit(cost: float) -> Any:
-        return library.LinearSVC(
-            C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, grad_tol=1e-6, max_iter=10_000
-        ).fit(np.asarray(train, np.float32), labels)
-
-    def decide(model: Any) -> NDArray:
-        return np.asarray(model.decision_function(np.asarray(rows, np.float32)))
-
-    return [_all_classes(decide(fit(cost)), np.unique(labels), classes) for cost in costs]
+    model = optional_import("cuml.svm", "cuml").LinearSVC(
+        C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, grad_tol=1e-6, max_iter=10_000
+    )
+    return model.fit(train, labels)
 
 
-SOLVERS: dict[str, Solver] = {"batched": batched, "sklearn": sklearn, "cuml": cuml}
+SOLVERS: dict[str, Callable[[NDArray, NDArray, int], Solver]] = {
+    "batched": Batched,
+    "sklearn": partial(Library, _sklearn),
+    "cuml": partial(Library, _cuml),
+}
+"""Name → (train [n, D], labels [n], classes K) → Solver."""
 
 
 class LinearSVM(ClassifierMixin, BaseEstimator):
@@ -108,44 +193,26 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)]
 
 
-def _over_gram(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    x = _tensor(train, np.float64)
-    gram = x @ x.T + 1
-    signs = torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
-    across = _tensor(rows, np.float64) @ x.T + 1
-    out, beta = [], None
-    for cost in costs:
-        beta, _ = svm.solve(gram, signs, cost, beta)
-        out.append((across @ beta.T).numpy())
-    return out
-
-
-def _in_primal(train: NDArray, labels: NDArray, rows: NDArray, classes: int, costs: list[float]) -> list[Scores]:
-    x, across = (_tensor(part, np.float32) for part in (train, rows))
-    out, weights = [], None
-    for cost in costs:
-        weights, _ = svm.solve_primal(x, torch.from_numpy(labels), classes, cost, weights)
-        out.append((across @ weights[:, :-1].T + weights[:, -1]).double().numpy())
-    return out
-
-
 def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[NDArray, NDArray]:
     """Weights [K, d + 1] and duality gaps [K]."""
     rows = _tensor(x, np.float64)
     if len(x) > max(x.shape[1], GRAM_ROWS):
         weights, gap = svm.solve_primal(rows, torch.from_numpy(labels), classes, cost)
         return weights.numpy(), gap.numpy()
-    signs = torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
-    beta, gap = svm.solve(rows @ rows.T + 1, signs, cost)
+    beta, gap = svm.solve(svm.Gram.of(rows @ rows.T + 1), _signs(labels, classes), cost)
     return torch.cat([beta @ rows, beta.sum(1, keepdim=True)], 1).numpy(), gap.numpy()
 
 
-def _tensor(array: NDArray, dtype: type) -> torch.Tensor:
+def _signs(labels: NDArray, classes: int) -> torch.Tensor:
+    """+1 where a row is of the class, else -1: float64 [K, n]."""
+    return torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
+
+
+def _linear(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """w.x + b of rows [m, D] and weights [K, D + 1]: [m, K]."""
+    return torch.addmm(weights[:, -1], rows, weights[:, :-1].T)
+
+
+def _tensor(array: NDArray, dtype: Any) -> torch.Tensor:
     """The array as a tensor; copied only where it is of another type, or read-only as a cached file is."""
     return torch.from_numpy(np.require(array, dtype, ["C", "W"]))
-
-
-def _all_classes(values: NDArray, present: NDArray, classes: int) -> Scores:
-    scores = np.full((len(values), classes), -np.inf)
-    scores[:, present] = np.stack([-values, values], 1) if values.ndim == 1 else values
-    return scores

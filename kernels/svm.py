@@ -5,9 +5,10 @@ Objective of each class, as liblinear's (with the intercept as one more, penalis
     min_w  1/2 |w|^2 + C sum_i max(0, 1 - y_i w.x_i)^2,     w = sum_i beta_i x_i
 
 Newton's method on the support set (Keerthi & DeCoste, JMLR 2005, in the span of the rows: Chapelle, Neural
-Computation 2007): with support S, (K_SS + I / 2C) beta_S = y_S and beta = 0 elsewhere. With few shots nearly every
-row supports every class, so one inverse of K + I / 2C serves all classes and each solves only for the few rows
-outside S (or inside, where those are fewer). Every solution comes with its duality gap.
+Computation 2007): with support S, (K_SS + I / 2C) beta_S = y_S and beta = 0 elsewhere. Float32 finds the support:
+where it is large by conjugate gradients, all classes in one product, preconditioned with the few large eigenvalues
+that features have in common; where it is small by a Cholesky factor a class. Float64 finishes what is not certified
+then. Every solution comes with its duality gap.
 """
 
 from __future__ import annotations
@@ -19,12 +20,42 @@ from torch import Tensor
 
 GAP = 1e-4
 """Relative duality gap that a solution must reach."""
+_GAP_AIM = 1e-5  # what we stop at
 _STEPS = 100
 _STEPS_FLOAT32 = 25
+_ROUGH_STEPS = 12
+_RANK = 32  # of the preconditioner
 _INNER_STEPS = 400
-_GROUP = 16  # problems of like size solved at once, so that padding them to the largest costs little
-_BLOCK = 1 << 25  # float64 entries of the systems solved at once: 256 MB
+_BLOCK = 1 << 16  # entries of the systems solved at once: more fall out of the cache
+_BISECTIONS = 24
 _LENGTHS = tuple(0.5**k for k in range(12))
+
+
+class Gram(NamedTuple):
+    """K = X X^T of n rows, in double and single precision, and K's leading part F F^T of low rank."""
+
+    matrix: Tensor
+    """float64 [n, n]."""
+    rough: Tensor
+    """float32 [n, n]."""
+    factor: Tensor
+    """float32 [n, r]."""
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Gram:
+        """From K, float64 [n, n]; F by Nystrom's method on a subspace iterated twice (Halko et al., SIAM Review 2011)."""
+        n = len(matrix)
+        rough = matrix.float()
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(n, min(_RANK, n), generator=generator).to(rough.device)
+        for _ in range(3):
+            basis = torch.linalg.qr(rough @ basis)[0]
+        values, vectors = torch.linalg.eigh(basis.T @ rough @ basis)
+        return cls(matrix, rough, basis @ vectors * values.clamp_min(0).sqrt())
+
+    def __getitem__(self, rows: Tensor) -> Gram:
+        """Of some of the rows [m]."""
+        return Gram(self.matrix[rows][:, rows], self.rough[rows][:, rows], self.factor[rows])
 
 
 class Solution(NamedTuple):
@@ -45,31 +76,18 @@ class NotConverged(ArithmeticError):
     """A problem did not reach the duality gap; the message says which and how far."""
 
 
-def solve(gram: Tensor, signs: Tensor, cost: float, start: Tensor | None = None) -> Solution:
+def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -> Solution:
     """Solve K one-vs-rest problems that share their rows.
 
-    gram: [n, n] float64, X X^T + 1 for an intercept. signs: [K, n] of -1 and +1. cost: C. start: beta [K, n] of a
-    nearby C. Raises NotConverged rather than returning a solution whose gap is above 1e-4.
+    gram: of X X^T + 1 for an intercept. signs: float64 [K, n] of -1 and +1. cost: C. start: beta [K, n] of a nearby C.
+    Raises NotConverged rather than returning a solution whose gap is above 1e-4.
     """
-    n = len(gram)
-    ridge = 1 / (2 * cost)
-    system = gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise NotConverged(f"K + I / 2C is not positive definite in float64 at C = {cost:g} (n = {n})")
-    inverse = torch.cholesky_inverse(factor)
-    beta = signs @ inverse if start is None else start.clone()
-    scores = beta @ gram
-    open_ = torch.arange(len(signs), device=gram.device)
-    for _ in range(_STEPS):
-        support = signs[open_] * scores[open_] < 1
-        target = _restricted(system, inverse, signs[open_], support)
-        beta[open_], scores[open_] = _line_search(gram, signs[open_], cost, beta[open_], scores[open_], target)
-        gap = duality_gap(gram, signs[open_], cost, beta[open_], scores[open_])
-        open_ = open_[gap > GAP / 100]
-        if not len(open_):
-            break
-    gap = duality_gap(gram, signs, cost, beta, scores)
+    n, ridge = len(signs[0]), 1 / (2 * cost)
+    beta = _from_all_rows(gram, signs, ridge) if start is None else start.clone()
+    if ridge > 2e-5 * float(gram.matrix.diagonal().mean()):  # else float32's error outweighs the ridge
+        rough = _newton(gram, signs.float(), cost, beta.float(), _ROUGH_STEPS).beta.double()
+        beta = torch.where(rough.isfinite().all(1, keepdim=True), rough, beta)
+    beta, gap = _newton(gram, signs, cost, beta, _STEPS)
     if not bool((gap <= GAP).all()):
         worst = int(gap.argmax())
         raise NotConverged(
@@ -84,11 +102,15 @@ def duality_gap(gram: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: 
     The primal is taken at w = sum beta_i x_i, the dual at the nearest multipliers that are feasible, max(0, y beta).
     scores: beta @ gram [K, n].
     """
-    primal = objective(signs, cost, beta, scores)
-    alpha = (signs * beta).clamp_min(0)
-    feasible = signs * alpha
-    dual = alpha.sum(1) - 0.5 * (feasible * (feasible @ gram)).sum(1) - (alpha.square() / (4 * cost)).sum(1)
-    return (primal - dual) / primal
+    square = (beta * scores).sum(1)
+    primal = 0.5 * square + cost * (1 - signs * scores).clamp_min(0).square().sum(1)
+    alpha = signs * beta
+    outside = (alpha.amin(1) < 0).nonzero()[:, 0]
+    alpha = alpha.clamp_min(0)
+    if len(outside):
+        feasible = (signs * alpha)[outside]
+        square[outside] = (feasible * (feasible @ gram)).sum(1)
+    return (primal - (alpha.sum(1) - 0.5 * square - alpha.square().sum(1) / (4 * cost))) / primal
 
 
 def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
@@ -97,63 +119,123 @@ def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tenso
     return 0.5 * (beta * scores).sum(1) + cost * slack.square().sum(1)
 
 
-def _line_search(
-    gram: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Go from beta towards target as far as pays: the best of a few lengths, the full step first."""
-    goal = target @ gram
-    best = objective(signs, cost, target, goal)
-    now = objective(signs, cost, beta, scores)
-    if bool((best <= now).all()):
-        return target, goal
-    length = torch.ones_like(best)
-    for t in _LENGTHS[1:]:
-        value = objective(signs, cost, beta + t * (target - beta), scores + t * (goal - scores))
-        length = torch.where(value < best, t, length)
-        best = torch.minimum(best, value)
-    length = length[:, None]
-    return beta + length * (target - beta), scores + length * (goal - scores)
+def _from_all_rows(gram: Gram, signs: Tensor, ridge: float) -> Tensor:
+    """The solution if every row supported every class: one factor for all."""
+    system = gram.matrix + ridge * torch.eye(len(gram.matrix), dtype=signs.dtype, device=signs.device)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise NotConverged(f"K + I / 2C is not positive definite in float64 at 1 / 2C = {ridge:g} (n = {len(system)})")
+    return torch.cholesky_solve(signs.T, factor).T.contiguous()
 
 
-def _restricted(system: Tensor, inverse: Tensor, signs: Tensor, support: Tensor) -> Tensor:
-    """beta [K, n] with (K + I/2C)_SS beta_S = y_S and zero outside each problem's support [K, n]."""
-    beta = torch.zeros_like(signs)
-    few_inside = support.sum(1) * 2 <= support.shape[1]
-    for problems, inside in ((few_inside.nonzero()[:, 0], True), ((~few_inside).nonzero()[:, 0], False)):
-        if not len(problems):
-            continue
-        y, s = signs[problems], support[problems]
-        if inside:
-            beta[problems] = _solve_members(system, s, y)
+def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) -> Solution:
+    """Newton steps in the precision of `signs` and `beta` until every gap is small or `steps` are taken."""
+    single = beta.dtype == torch.float32
+    matrix, ridge = gram.rough if single else gram.matrix, 1 / (2 * cost)
+    scores = beta @ matrix
+    gap = duality_gap(matrix, signs, cost, beta, scores)
+    for _ in range(steps):
+        open_ = (~(gap <= _GAP_AIM)).nonzero()[:, 0]  # also where it is not a number
+        if not len(open_):
+            break
+        y, b, s = signs[open_], beta[open_], scores[open_]
+        support = y * s < 1
+        kept = b * support
+        kept_scores = s if torch.equal(kept, b) else kept @ matrix
+        residual = (y - kept_scores - ridge * kept) * support
+        if single and support.sum() > max(0.15 * support.shape[1], 48) * len(support):
+            step = _conjugate_steps(gram, ridge, support, residual)
         else:
-            full = y @ inverse
-            correction = _solve_members(inverse, ~s, -full)
-            beta[problems] = (full + correction @ inverse) * s
-    return beta
+            step = _factored_steps(matrix, ridge, support, residual)
+        beta[open_], scores[open_] = _line_search(y, cost, b, s, kept + step, kept_scores + step @ matrix)
+        before, gap[open_] = gap[open_], duality_gap(matrix, y, cost, beta[open_], scores[open_])
+        if single and not bool((gap[open_] < before / 2).any()):
+            break  # as far as float32 goes
+    return Solution(beta, gap)
 
 
-def _solve_members(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
-    """For each problem solve matrix[M, M] x = right[M] over its members M; zero elsewhere. All [K, n]."""
-    count = members.sum(1)
-    size = int(count.max())
-    if size == 0:
-        return torch.zeros_like(right)
-    group = max(min(_GROUP, _BLOCK // size**2), 1)
-    if len(right) > group:
-        out = torch.zeros_like(right)
-        for some in count.argsort().split(group):
-            out[some] = _solve_members(matrix, members[some], right[some])
-        return out
-    place = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
-    filler = torch.arange(size, device=matrix.device) >= count[:, None]
-    blocks = matrix[place[:, :, None], place[:, None, :]]
-    blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
-    blocks.diagonal(dim1=1, dim2=2).masked_fill_(filler, 1)
-    vector = right.gather(1, place).masked_fill_(filler, 0)
-    factor = torch.linalg.cholesky_ex(blocks)[0]
-    halfway = torch.linalg.solve_triangular(factor, vector[..., None], upper=False)
-    solved = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)[..., 0]
-    return torch.zeros_like(right).scatter_(1, place, solved.masked_fill(filler, 0))
+def _line_search(
+    signs: Tensor, cost: float, beta: Tensor, scores: Tensor, target: Tensor, goal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Go from beta to target; where that is worse, to the best point on the way, as finite convergence needs it.
+
+    scores and goal are what beta and target score. The objective along the way is convex: its slope's zero is bisected.
+    """
+    now, reached = objective(signs, cost, beta, scores), objective(signs, cost, target, goal)
+    worse = (~(reached <= now)).nonzero()[:, 0]  # also where it is not a number
+    if not len(worse):
+        return target, goal
+    y, b, s = signs[worse], beta[worse], scores[worse]
+    along, across = target[worse] - b, goal[worse] - s
+    failed = ~(along.isfinite() & across.isfinite()).all(1, keepdim=True)
+    along, across = along.masked_fill(failed, 0), across.masked_fill(failed, 0)
+    start, curve = (along * s).sum(1), (along * across).sum(1)
+    length = torch.zeros_like(start)
+    for k in range(1, _BISECTIONS):
+        tried = length + 0.5**k
+        slack = (1 - y * (s + tried[:, None] * across)).clamp_min(0)
+        slope = start + tried * curve - 2 * cost * (y * across * slack).sum(1)
+        length = torch.where(slope < 0, tried, length)
+    target[worse], goal[worse] = b + length[:, None] * along, s + length[:, None] * across
+    return target, goal
+
+
+def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -> Tensor:
+    """(K + I/2C)_SS x = right over each problem's support, to a ten thousandth of the residual; zero elsewhere.
+
+    Preconditioned with (F F^T + tau I)_SS, by Woodbury's formula from one r x r system a problem.
+    """
+    matrix, factor = gram.rough, gram.factor
+    rank = factor.shape[1]
+    mask = support.to(matrix.dtype)
+    tau = ridge + ((matrix.diagonal().sum() - factor.square().sum()) / len(matrix)).clamp_min(0)
+    products = (factor[:, :, None] * factor[:, None, :]).flatten(1)
+    inner = (mask @ products).view(-1, rank, rank)
+    inner.diagonal(dim1=1, dim2=2).add_(tau)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
+
+    def precondition(r: Tensor) -> Tensor:
+        inside = torch.bmm(inverse, (r @ factor)[..., None])[..., 0]
+        return (r - (inside @ factor.T) * mask) / tau
+
+    solution = torch.zeros_like(right)
+    residual = right.clone()
+    direction = precondition(residual)
+    product = (residual * direction).sum(1)
+    target = 1e-8 * residual.square().sum(1)
+    for _ in range(_RANK):
+        image = (direction @ matrix + ridge * direction) * mask
+        length = product / (direction * image).sum(1).clamp_min(1e-30)
+        solution += length[:, None] * direction
+        residual -= length[:, None] * image
+        if bool((residual.square().sum(1) <= target).all()):
+            break
+        scaled = precondition(residual)
+        renewed = (residual * scaled).sum(1)
+        direction = scaled + (renewed / product.clamp_min(1e-30))[:, None] * direction
+        product = renewed
+    return solution
+
+
+def _factored_steps(matrix: Tensor, ridge: float, support: Tensor, right: Tensor) -> Tensor:
+    """The same by a Cholesky factor of each problem's (K + I/2C)_SS, problems of like size together."""
+    out = torch.zeros_like(right)
+    counts, order = support.sum(1).sort()
+    sizes, end = counts.tolist(), len(counts)
+    while end and sizes[end - 1]:
+        size = sizes[end - 1]
+        begin = max(0, end - max(1, _BLOCK // size**2))
+        some = order[begin:end]
+        filler = torch.arange(size, device=matrix.device) >= counts[begin:end, None]
+        end = begin
+        place = support[some].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
+        blocks = matrix[place[:, :, None], place[:, None, :]]
+        blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
+        blocks.diagonal(dim1=1, dim2=2).add_(ridge).masked_fill_(filler, 1)
+        vector = right[some].gather(1, place).masked_fill_(filler, 0)
+        solved = torch.cholesky_solve(vector[..., None], torch.linalg.cholesky_ex(blocks)[0])[..., 0]
+        out[some] = torch.zeros_like(right[some]).scatter_(1, place, solved.masked_fill(filler, 0))
+    return out
 
 
 def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, start: Tensor | None = None) -> Primal:
@@ -166,7 +248,8 @@ def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, st
     n, d = features.shape
     signs = torch.where(labels[:, None] == torch.arange(classes, device=labels.device), 1.0, -1.0).to(features.dtype)
     weights = features.new_zeros(classes, d + 1) if start is None else start.clone()
-    squares = features.square()
+    basis = _leading(features)
+    leading, norms = _scores(features, basis), features.square().sum(1) + 1
     scores = _scores(features, weights)
     for _ in range(_STEPS if features.dtype == torch.float64 else _STEPS_FLOAT32):
         slack = (1 - signs * scores).clamp_min(0)
@@ -175,8 +258,10 @@ def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, st
         if bool((gap <= GAP / 2).all()):
             return Primal(weights, gap)
         support = (slack > 0).to(features.dtype)
-        diagonal = 1 + 2 * cost * _back(squares, support)
-        step = _conjugate_gradients(features, support, cost, -gradient, diagonal)
+        inner = torch.stack([(leading * mask[:, None]).T @ leading for mask in support.T])
+        rest = (norms @ support - inner.diagonal(dim1=1, dim2=2).sum(1)).clamp_min(0) / (d + 1)
+        precondition = _Leading(basis, 2 * cost * inner, 1 + 2 * cost * rest)
+        step = _conjugate_gradients(features, support, cost, -gradient, precondition)
         step_scores = _scores(features, step)
         length = _best_length(weights, scores, step, step_scores, signs, cost)
         weights, scores = weights + length[:, None] * step, scores + length * step_scores
@@ -187,6 +272,32 @@ def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, st
     raise NotConverged(
         f"class {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n}, d = {d})"
     )
+
+
+class _Leading:
+    """An approximate inverse of I + 2C X^T M X for each class: exact in the leading directions, uniform elsewhere."""
+
+    def __init__(self, basis: Tensor, inner: Tensor, rest: Tensor) -> None:
+        """basis: orthonormal [r, d + 1]. inner: 2C of its part of X^T M X [K, r, r]. rest: the others' mean [K]."""
+        diagonal = inner.diagonal(dim1=1, dim2=2)
+        diagonal.add_(1 + 1e-6 * diagonal.sum(1, keepdim=True))  # what rounding took, so that the factor exists
+        self._basis, self._rest = basis, rest[:, None]
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
+
+    def __call__(self, right: Tensor) -> Tensor:
+        inside = right @ self._basis.T
+        solved = torch.bmm(self._inverse, inside[..., None])[..., 0]
+        return right / self._rest + (solved - inside / self._rest) @ self._basis
+
+
+def _leading(features: Tensor) -> Tensor:
+    """An orthonormal basis [r, d + 1] of what rows, with the constant column, have most in common."""
+    generator = torch.Generator().manual_seed(0)
+    width = features.shape[1] + 1
+    basis = torch.randn(min(2 * _RANK, width), width, generator=generator).to(features)
+    for _ in range(3):
+        basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
+    return basis
 
 
 def _scores(features: Tensor, weights: Tensor) -> Tensor:
@@ -208,28 +319,29 @@ def _primal_gap(weights: Tensor, gradient: Tensor, slack: Tensor, cost: float) -
     return (primal - dual) / primal
 
 
-def _conjugate_gradients(features: Tensor, support: Tensor, cost: float, right: Tensor, diagonal: Tensor) -> Tensor:
+def _conjugate_gradients(
+    features: Tensor, support: Tensor, cost: float, right: Tensor, precondition: _Leading
+) -> Tensor:
     """Newton's direction of every class: (I + 2C X^T M X) s = right, to a thousandth of the gradient's norm, in float64 to a millionth.
 
     Looser, and with a large C it stalls: the part of the residual that is left outweighs what the step gains."""
     solution = torch.zeros_like(right)
     residual = right.clone()
-    scaled = residual / diagonal
-    direction = scaled.clone()
-    product = (residual * scaled).sum(1)
+    direction = precondition(residual)
+    product = (residual * direction).sum(1)
     target = (1e-6 if right.dtype == torch.float32 else 1e-12) * product
     for _ in range(_INNER_STEPS):
         image = direction + 2 * cost * _back(features, support * _scores(features, direction))
-        length = product / (direction * image).sum(1).clamp_min(1e-30)
-        length = torch.where(product > target, length, torch.zeros_like(length))
+        curvature = (direction * image).sum(1)
+        length = torch.where((product > target) & (curvature > 0), product / curvature, 0)  # 0: done, or rounding
+        if not bool((length > 0).any()):
+            break
         solution += length[:, None] * direction
         residual -= length[:, None] * image
-        scaled = residual / diagonal
+        scaled = precondition(residual)
         renewed = (residual * scaled).sum(1)
-        direction = scaled + (renewed / product.clamp_min(1e-30))[:, None] * direction
-        product = torch.where(length > 0, renewed, product)
-        if bool((product <= target).all()):
-            break
+        direction = scaled + torch.where(length > 0, renewed / product, 0)[:, None] * direction
+        product = torch.where(length > 0, renewed, 0)
     return solution
 
 

@@ -24,9 +24,9 @@ def test_parity_with_scikit_learn(images):
     x, y = clusters(images=images)
     rows, _ = clusters(images=30, seed=1)
     x, rows = x.astype(np.float64), rows.astype(np.float64)
-    for ours, theirs in zip(
-        solvers.batched(x, y, rows, 6, [1e-3, 1e-1]), solvers.sklearn(x, y, rows, 6, [1e-3, 1e-1]), strict=True
-    ):
+    ours_of, theirs_of = (solvers.SOLVERS[name](x, y, 6) for name in ("batched", "sklearn"))
+    for cost in (1e-3, 1e-1):
+        ours, theirs = ours_of.test([cost], rows), theirs_of.test([cost], rows)
         np.testing.assert_allclose(ours, theirs, atol=2e-2)
         assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99
 
@@ -35,7 +35,7 @@ def test_parity_with_scikit_learn(images):
 def test_parity_of_cuml():
     pytest.importorskip("cuml")
     x, y = clusters()
-    [ours], [theirs] = (solver(x, y, x, 6, [1e-2]) for solver in (solvers.batched, solvers.cuml))
+    ours, theirs = (solvers.SOLVERS[name](x, y, 6).test([1e-2], x) for name in ("batched", "cuml"))
     np.testing.assert_allclose(ours, theirs, atol=5e-2)
 
 
@@ -44,7 +44,7 @@ def test_cuml_without_a_gpu_says_so():
         pytest.skip("there is a GPU")
     x, y = clusters()
     with pytest.raises(FastconError, match="needs an NVIDIA GPU"):
-        solvers.cuml(x, y, x, 6, [1.0])
+        solvers.SOLVERS["cuml"](x, y, 6).test([1.0], x)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -63,15 +63,19 @@ def test_the_estimator_is_linear_svc(classes):
 def test_an_optimum_out_of_reach_is_an_error():
     x, y = clusters(images=3)
     with pytest.raises(FastconError, match="did not reach their optimum"):
-        solvers.batched(x.astype(np.float64) * 1e9, y, x, 6, [1e6])
+        solvers.Batched(x.astype(np.float64) * 1e9, y, 6).test([1e6], x)
 
 
 def test_many_rows_go_to_the_primal_and_agree(monkeypatch):
     x, y = clusters(images=60)
     rows, _ = clusters(images=30, seed=1)
     costs = [1e-3, 1e-1, 10.0, 1000.0]
-    exact = solvers.batched(x, y, rows, 6, costs)
+    exact = solvers.Batched(x, y, 6)
     monkeypatch.setattr(solvers, "GRAM_ROWS", 0)
-    monkeypatch.setattr(solvers, "_over_gram", lambda *_: pytest.fail("the Gram matrix was used"))
-    for ours, theirs in zip(solvers.batched(x, y, rows, 6, costs), exact, strict=True):
+    monkeypatch.setattr(solvers.svm, "solve", lambda *_: pytest.fail("the Gram matrix was used"))
+    primal = solvers.Batched(x, y, 6)
+    found = [primal.test(costs[:k], rows) for k in range(1, len(costs) + 1)]
+    monkeypatch.undo()
+    for k, ours in enumerate(found, 1):
+        theirs = exact.test(costs[:k], rows)
         assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.98
