@@ -30,8 +30,12 @@ class Run:
         self.config = config | {"versions": versions()}
         if self._file.exists():
             self._check_same()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or not self._only_begun()):
             raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as --out")
+
+    def _only_begun(self) -> bool:
+        """Whether nothing is there but what a kill may leave of `begin`."""
+        return all(file.name == f"{self._file.name}.partial" for file in self.path.iterdir())
 
     def begin(self) -> None:
         """Write the configuration, when all that could refuse it has been checked."""
@@ -70,6 +74,33 @@ class Run:
                     f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
                     "use the same options to resume it, or another --out"
                 )
+
+
+def origin(spec: str) -> dict[str, Any]:
+    """Of a MODEL: what to call it ("name"), how it came about ("method") and from which task-specific "teachers"."""
+    path = Path(spec.split("?")[0])
+    known = {"name": path.name or spec, "method": "generalist", "teachers": []}
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return known | {"name": spec.split("/")[-1] or spec}
+    if config.get("command") == "train":
+        store = config["store"]
+        teachers = [name for name in store["teachers"] if name != store["generalist"]]
+        return known | {
+            "method": {"consolidate": "consolidated"}.get(config["method"], config["method"]),
+            "teachers": teachers,
+        }
+    if config.get("command") == "teach":
+        return known | {"method": "teacher", "teachers": [task_name(config["data"]["train"])]}
+    return known
+
+
+def task_name(sources: list[str]) -> str:
+    """What a task is called: its first source without folders and ending."""
+    parts = [part for part in sources[0].split("/") if part]
+    named = [part for part in parts if part not in ("train", "val", "test")] or parts  # birds/train is birds
+    return named[-1].removesuffix(".tar").removesuffix(".txt") if named else sources[0]
 
 
 class Metrics:

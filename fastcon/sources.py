@@ -239,7 +239,7 @@ class _ListedFile:
         try:
             status = os.stat(root / self.name)
             self.size, self.modified = status.st_size, status.st_mtime_ns
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name with a NUL
             self.size, self.modified = -1, -1
 
 

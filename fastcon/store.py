@@ -12,9 +12,12 @@
     teachers/NAME/checksums [V, chunks] int64                      -1: not done, else CRC-32C of the rows of all parts
     teachers/NAME/weights [bytes] uint8                            the generalist's weights, a safetensors file
 
-The record is written last and at once (one atomic file): what it does not name is not there. Every array
-carries CRC-32C, and the record or `checksums` says which bytes belong, so that a chunk that is missing, torn or
-in the wrong place is an error, never zeros. This is the only module that knows Zarr.
+    record.copy                                                    the record once more, to restore it from
+
+The record is written last and at once (one atomic file): what it does not name is not there. It carries its own
+digest, and all metadata follow from it (`layout`). Every array carries CRC-32C, and the record or `checksums` says
+which bytes belong, so that a chunk that is missing, torn or in the wrong place is an error, never zeros. This is the
+only module that knows Zarr.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import json
 import os
 import re
 import socket
@@ -35,6 +39,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
 from fastcon import views
 from fastcon.checkpoint import write_atomically
@@ -42,9 +47,14 @@ from fastcon.codec import Codec, Parts, check_kind, codec
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_ROWS = 1024
 SAMPLES = 64
+LARGEST = 2**32 - 1
+"""Images that a store holds at most."""
+COPY = "record.copy"
+IMAGE_COLUMNS = ("ids", "digests", "names", "name_ends")
+VIEW_COLUMNS = ("order", "boxes", "flips")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -92,6 +102,48 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """An array of a store: shape, chunks, dtype and what is read where nothing was written."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    fill: int = 0
+
+
+def layout(record: dict[str, Any]) -> dict[str, Layout]:
+    """Path → layout of every array that a record implies."""
+    n, views = record["images"]["count"], record["views"]
+    rows, bake = record["recipe"]["chunk_rows"], record["recipe"]["bake"]
+    chunks = -(-n // rows)
+    block, names = min(n, 1 << 20), record["images"]["name_bytes"]
+    found = {
+        "images/ids": Layout((n,), (block,), "uint64"),
+        "images/digests": Layout((n, 16), (block, 16), "uint8"),
+        "images/names": Layout((names,), (min(names, 1 << 20),), "uint8"),
+        "images/name_ends": Layout((n,), (block,), "int64"),
+        "order": Layout((views, n), (1, n), "uint32"),
+        "boxes": Layout((views, n, 4), (1, n, 4), "int32"),
+        "flips": Layout((views, n), (1, n), "uint8"),
+    }
+    checksums = Layout((views, chunks), (1, chunks), "int64", fill=-1)
+    if bake is not None:
+        found["baked/checksums"] = checksums
+    if record["samples_digest"] is not None:
+        k, size = min(SAMPLES, n), record["recipe"]["size"]
+        found["samples/rows"] = Layout((k,), (k,), "uint32")
+        found["samples/pixels"] = Layout((k, size, size, 3), (k, size, size, 3), "uint8")
+    for name, teacher in record["teachers"].items():
+        for part, (dtype, width) in codec(teacher["logits"]).parts(len(teacher["classes"])).items():
+            found[f"teachers/{name}/{part}"] = Layout((views, n, width), (1, rows, width), dtype)
+        found[f"teachers/{name}/checksums"] = checksums
+        if "weights_bytes" in teacher:
+            size = teacher["weights_bytes"]
+            found[f"teachers/{name}/weights"] = Layout((size,), (min(size, 1 << 26),), "uint8")
+    return found
+
+
 class Store:
     """A store opened for reading. Raises FastconError where there is none, or of another format."""
 
@@ -109,12 +161,25 @@ class Store:
                 f"{self.path} has store format {record.get('format')!r}, this fastcon reads format "
                 f"{FORMAT}: use the fastcon that wrote it, or make the store again"
             )
+        if record.get("digest") != _record_digest(record):
+            raise FastconError(
+                f"{self.path}: the record of the store (in zarr.json) is damaged; `fastcon verify --repair` restores it"
+            )
         self._arrays: dict[str, Any] = {}
         self._expected: dict[tuple[str, int], NDArray[np.int64]] = {}
         self.record: dict[str, Any] = record
-        self.recipe = Recipe.from_record(record["recipe"])
-        self.rows: int = record["images"]["count"]
-        self.views: int = record["views"]
+        try:
+            self.recipe = Recipe.from_record(record["recipe"])
+            self.rows: int = record["images"]["count"]
+            self.views: int = record["views"]
+            possible = 0 < self.rows <= LARGEST and self.views == len(record["view_digests"])
+            self.layout = layout(record)
+        except Exception as error:  # whole, but by another hand than ours
+            raise FastconError(
+                f"{self.path} has a record that is none ({_line(error)}): make the store again"
+            ) from error
+        if not possible or not all(NAME.fullmatch(name) for name in self.teachers):
+            raise FastconError(f"{self.path} has a record that cannot be ({self.rows:,} images): make the store again")
 
     @property
     def teachers(self) -> dict[str, dict[str, Any]]:
@@ -146,7 +211,7 @@ class Store:
 
     def view(self, view: int) -> View:
         """Order, boxes and flips of a view, checked against the record's digest."""
-        columns = [_read(self._array(name), view) for name in ("order", "boxes", "flips")]
+        columns = [self._read(name, view) for name in VIEW_COLUMNS]
         if _digest(*columns) != self.record["view_digests"][view]:
             raise FastconError(
                 f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
@@ -156,10 +221,11 @@ class Store:
 
     def image_columns(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
         """Ids [n] and content digests [n, 16] of the images, in manifest order."""
-        columns = [_read(self._array(f"images/{name}")) for name in ("ids", "digests", "names", "name_ends")]
+        columns = [self._read(f"images/{name}") for name in IMAGE_COLUMNS]
         if _digest(*columns) != self.record["images"]["columns_digest"]:
             raise FastconError(
-                f"{self.path}: the recorded ids, digests or names of the images are missing or damaged; make the store again"
+                f"{self.path}: the recorded ids, digests or names of the images are missing or damaged; "
+                "`fastcon verify --repair` writes them anew"
             )
         return columns[0], columns[1]
 
@@ -171,17 +237,17 @@ class Store:
 
     def samples(self) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
         """Rows of view 0 [k] and the uint8 pixels [k, size, size, 3] that were decoded for them."""
-        rows, pixels = _read(self._array("samples/rows")), _read(self._array("samples/pixels"))
+        rows, pixels = self._read("samples/rows"), self._read("samples/pixels")
         if _digest(rows, pixels) != self.record["samples_digest"]:
-            raise FastconError(f"{self.path}: the sample pixels are missing or damaged; make the store again")
+            raise FastconError(
+                f"{self.path}: the sample pixels are missing or damaged; `fastcon verify --repair` decodes them anew"
+            )
         return rows, pixels
 
     def done(self, name: str) -> NDArray[np.bool_]:
-        """Which chunks of a teacher are finished: bool [V, chunks]; False beyond the views it was asked for."""
-        checksums = _read(self._array(name, "checksums"))
-        done = np.zeros((self.views, self.chunks), dtype=bool)
-        done[: len(checksums)] = checksums[: self.views] >= 0
-        return done
+        """Which chunks of a teacher are finished: bool [V, chunks]."""
+        checksums = self._read(self._path(name, "checksums"))
+        return checksums[: self.views] >= 0
 
     def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
         """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
@@ -197,7 +263,7 @@ class Store:
         parts: Parts = {}
         seen = 0
         for part in self.codec(name).parts(len(self.teachers[name]["classes"])):
-            array = self._array(name, part)
+            array = self._array(self._path(name, part))
             try:
                 rows, own = self._read_chunk(array, view, chunk)
             except FileNotFoundError:
@@ -217,10 +283,7 @@ class Store:
     def _checksum(self, name: str, view: int, chunk: int) -> int:
         """What a chunk must hold; -1: it is not done."""
         if (name, view) not in self._expected or self._expected[name, view][chunk] < 0:
-            checksums = self._array(name, "checksums")
-            if view >= checksums.shape[0]:
-                return -1
-            self._expected[name, view] = _read(checksums, view)
+            self._expected[name, view] = self._read(self._path(name, "checksums"), view)
         return int(self._expected[name, view][chunk])
 
     def _read_chunk(self, array: Any, view: int, chunk: int) -> tuple[NDArray[Any], int]:
@@ -245,15 +308,12 @@ class Store:
 
     def baked(self) -> NDArray[np.bool_]:
         """Which shards of baked views are written: bool [V, chunks]."""
-        checksums = _read(self._array("baked/checksums"))
-        done = np.zeros((self.views, self.chunks), dtype=bool)
-        done[: len(checksums)] = checksums[: self.views] >= 0
-        return done
+        return self._read("baked/checksums")[: self.views] >= 0
 
     def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
         """The encoded bytes of a chunk's baked views, verified and mapped into memory; raises FastconError."""
         path = self._shard_path(view, chunk)
-        expected = int(_read(self._array("baked/checksums"), view)[chunk])
+        expected = int(self._read("baked/checksums", view)[chunk])
         if expected < 0:
             raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
         try:
@@ -277,11 +337,11 @@ class Store:
         """The stored safetensors file of a teacher (the generalist has one)."""
         if "weights_file_digest" not in self.teachers.get(name, {}):
             raise FastconError(f"{self.path} keeps no weights of {name!r}, only those of a generalist")
-        data = _read(self._array(name, "weights"))
+        data = self._read(self._path(name, "weights"))
         if _digest(data) != self.teachers[name]["weights_file_digest"]:
             raise FastconError(
-                f"{self.path}: the weights of {name!r} are missing or damaged; run `fastcon precompute` with the same "
-                "generalist again, it writes them anew"
+                f"{self.path}: the weights of {name!r} are missing or damaged; `fastcon verify --repair` writes them "
+                "anew from where they came from"
             )
         return data.tobytes()
 
@@ -307,18 +367,62 @@ class Store:
         what = "the images come in another order" if extra is None else f"{manifest.name(extra)!r} is new"
         raise FastconError(f"{here}: {what}; {way}")
 
-    def _array(self, name: str, part: str | None = None) -> Any:
-        """An array of the store by its path, or a part of a teacher; opened once."""
-        if part is not None and name not in self.teachers:
+    def _path(self, name: str, part: str) -> str:
+        if name not in self.teachers:
             raise FastconError(f"{self.path} has no teacher {name!r}; it has {', '.join(self.teachers) or 'none'}")
-        path = name if part is None else f"teachers/{name}/{part}"
+        return f"teachers/{name}/{part}"
+
+    def _array(self, path: str) -> Any:
+        """An array of the store; opened once, and refused where its metadata are not what the record implies."""
         if path not in self._arrays:
             try:
                 with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros is no missing chunk
-                    self._arrays[path] = self._group[path]
+                    array = self._group[path]
+                found, implied = (_fields(data) for data in (array.metadata.to_dict(), _metadata(self.layout[path])))
+                if array.shape[0] > self.layout[path].shape[0]:
+                    found["shape"] = implied["shape"]  # a writer may be adding views
+                if found != implied:
+                    raise ValueError("its zarr.json is not what the record implies")
             except Exception as error:
-                raise FastconError(f"{self.path}: array {path!r} is missing or damaged ({_line(error)})") from error
+                raise FastconError(
+                    f"{self.path}: array {path!r} is missing or damaged ({_line(error)}); `fastcon verify --repair` "
+                    "mends what can be mended"
+                ) from error
+            self._arrays[path] = array
         return self._arrays[path]
+
+    def _read(self, path: str, index: int | None = None) -> NDArray[Any]:
+        """An array's values. What is damaged raises; what is missing too, but for checksums, which then say "not done"."""
+        array, here = self._array(path), self.layout[path]
+        try:
+            if here.fill == 0 and not is_url(self.path):  # Zarr would make zeros of them
+                numbers = range(-(-here.shape[0] // here.chunks[0])) if index is None else [index // here.chunks[0]]
+                for number in numbers:
+                    os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(here.shape) - 1)))
+            return np.ascontiguousarray(array[: here.shape[0]] if index is None else array[index])
+        except Exception as error:
+            raise FastconError(
+                f"{self.path}: array {path!r} is missing or damaged ({_reason(error)}); `fastcon verify --repair` mends "
+                "what can be mended"
+            ) from error
+
+    def damaged_metadata(self) -> list[str]:
+        """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies.
+
+        From a folder; of a store in object storage none is looked at but those of arrays, on use.
+        """
+        if is_url(self.path):
+            return []
+        return [name for name, data in self.metadata_files().items() if not _same_json(Path(self.path, name), data)]
+
+    def metadata_files(self) -> dict[str, bytes]:
+        """Name → bytes of every metadata file of the store, as they must be."""
+        files = {"zarr.json": _group_file({"fastcon": self.record}), COPY: _record_file(self.record)}
+        for path, here in self.layout.items():
+            parts = path.split("/")
+            files |= {"/".join([*parts[:k], "zarr.json"]): _group_file({}) for k in range(1, len(parts))}
+            files[f"{path}/zarr.json"] = _array_file(here)
+        return files
 
 
 class StoreWriter(Store):
@@ -326,7 +430,17 @@ class StoreWriter(Store):
 
     def grow(self, manifest: Manifest, view_count: int) -> None:
         """Record the order, boxes and flips of views up to `view_count`, where they are not there yet."""
-        _write_views(self._group, self.record, self.recipe, manifest, view_count)
+        digests = list(self.record["view_digests"])
+        grown = self.record | {"views": view_count, "view_digests": digests}
+        for path, here in layout(grown).items():
+            if here.shape[0] != self.layout[path].shape[0]:
+                self._array(path).resize(here.shape)
+        for view in range(self.views, view_count):
+            made = make_view(self.recipe, manifest, view)
+            for name in VIEW_COLUMNS:
+                self._group[name][view] = getattr(made, name)
+            digests.append(_digest(made.order, made.boxes, made.flips))
+        self.record = grown
         self._commit()
 
     def add_teacher(self, name: str, record: dict[str, Any], weights: bytes | None) -> None:
@@ -343,11 +457,6 @@ class StoreWriter(Store):
             self._create_teacher(name, record)
         if weights is not None:
             self._write_weights(name, weights)
-        parts = self.codec(name).parts(len(record["classes"]))
-        if self._array(name, "checksums").shape[0] < self.views:
-            for part, (_, width) in parts.items():
-                self._array(name, part).resize((self.views, self.rows, width))
-            self._array(name, "checksums").resize((self.views, self.chunks))
 
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
         """Store one finished chunk, the parts of its rows, then mark it done."""
@@ -357,9 +466,9 @@ class StoreWriter(Store):
             rows = parts[part]
             if (rows.shape, rows.dtype) != ((stop - start, width), np.dtype(dtype)):
                 raise ValueError(f"{part} of chunk {chunk} takes {dtype} {(stop - start, width)}, got {rows.shape}")
-            self._array(name, part)[view, start:stop] = rows
+            self._array(self._path(name, part))[view, start:stop] = rows
             seen = checksum(rows, seen)
-        self._array(name, "checksums")[view, chunk] = seen
+        self._array(self._path(name, "checksums"))[view, chunk] = seen
         self._expected.pop((name, view), None)
 
     def write_shard(self, view: int, chunk: int, data: bytes) -> None:
@@ -381,18 +490,17 @@ class StoreWriter(Store):
         made = make_view(self.recipe, manifest, view)
         if _digest(made.order, made.boxes, made.flips) != self.record["view_digests"][view]:
             raise FastconError(f"{self.path}: the recipe does not make view {view} any more; make the store again")
-        for name in ("order", "boxes", "flips"):
+        for name in VIEW_COLUMNS:
             self._array(name)[view] = getattr(made, name)
 
     def _create_teacher(self, name: str, record: dict[str, Any]) -> None:
         check_kind(record["logits"], record["kind"], name)
-        where = f"teachers/{name}"
-        for part, (dtype, width) in codec(record["logits"]).parts(len(record["classes"])).items():
-            shape, chunk = (self.views, self.rows, width), (1, self.recipe.chunk_rows, width)
-            _create(self._group, f"{where}/{part}", shape, chunk, dtype)
-        _create(self._group, f"{where}/checksums", (self.views, self.chunks), (1, self.chunks), "int64", fill=-1)
-        self._arrays = {path: array for path, array in self._arrays.items() if not path.startswith(f"{where}/")}
         self.record["teachers"][name] = record
+        where = f"teachers/{name}/"
+        for path, here in layout(self.record).items():
+            if path.startswith(where):
+                _create(self._group, path, here)
+                self._arrays.pop(path, None)
         self._commit()
 
     def _write_weights(self, name: str, weights: bytes) -> None:
@@ -402,13 +510,13 @@ class StoreWriter(Store):
                 return
         data = np.frombuffer(weights, dtype=np.uint8)
         path = f"teachers/{name}/weights"
-        _create(self._group, path, data.shape, (min(len(data), 1 << 26),), "uint8")[:] = data
+        self.record["teachers"][name] |= {"weights_file_digest": _digest(data), "weights_bytes": len(data)}
+        _create(self._group, path, layout(self.record)[path])[:] = data
         self._arrays.pop(path, None)
-        self.record["teachers"][name]["weights_file_digest"] = _digest(data)
         self._commit()
 
     def _check_same_teacher(self, name: str, record: dict[str, Any]) -> None:
-        stored = {key: value for key, value in self.teachers[name].items() if key != "weights_file_digest"}
+        stored = {key: value for key, value in self.teachers[name].items() if not key.startswith("weights_")}
         differing = [key for key in stored if key != "spec" and stored[key] != record.get(key)]
         if not differing:
             return
@@ -419,9 +527,62 @@ class StoreWriter(Store):
             "recorded one, or add this one under another name"
         )
 
+    def repair_metadata(self) -> None:
+        """Write the metadata files that differ from what the record implies."""
+        files = self.metadata_files()
+        for name in self.damaged_metadata():
+            Path(self.path, name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(self.path, name), files[name])
+
+    def repair_images(self, manifest: Manifest) -> None:
+        """Write ids, digests and names of the images anew, from a manifest that `check_images` passed by its digest."""
+        columns = {name: np.asarray(getattr(manifest, name)) for name in IMAGE_COLUMNS}
+        if _digest(*columns.values()) != self.record["images"]["columns_digest"]:
+            raise FastconError(f"{self.path}: these are the images, under other names: give them as they were named")
+        for name, column in columns.items():
+            self._array(f"images/{name}")[:] = column
+
+    def repair_samples(self, pixels: NDArray[np.uint8]) -> None:
+        """Write the sample pixels anew, where these are what the record says."""
+        rows = sample_rows(self)
+        if _digest(rows, pixels) != self.record["samples_digest"]:
+            raise FastconError(f"{self.path}: the images decode differently now, so the sample pixels are lost")
+        self._array("samples/rows")[:], self._array("samples/pixels")[:] = rows, pixels
+
+    def repair_weights(self, name: str, weights: bytes) -> None:
+        """Write a teacher's weights file anew, where this is what the record says."""
+        data = np.frombuffer(weights, dtype=np.uint8)
+        if _digest(data) != self.teachers[name]["weights_file_digest"]:
+            raise FastconError(f"{self.path}: {self.teachers[name]['spec']} is no more what {name!r} was: put it back")
+        self._array(self._path(name, "weights"))[:] = data
+
+    def repair_checksums(self) -> None:
+        """Where a view's checksums are lost, take those of the chunks that are there and whole; the others are not done."""
+        for path in [path for path in self.layout if path.endswith("/checksums")]:
+            name = None if path.startswith("baked/") else path.split("/")[1]
+            for view in range(self.views):
+                try:
+                    self._read(path, view)
+                except FastconError:
+                    self._array(path)[view] = [self._found_checksum(name, view, c) for c in range(self.chunks)]
+        self._expected.clear()
+
+    def _found_checksum(self, name: str | None, view: int, chunk: int) -> int:
+        """The checksum of what is there of a chunk (name None: of a shard); -1 where it is missing or damaged."""
+        try:
+            if name is None:
+                return checksum(np.fromfile(self._shard_path(view, chunk), dtype=np.uint8))
+            seen = 0
+            for part in self.codec(name).parts(len(self.teachers[name]["classes"])):
+                seen = checksum(self._read_chunk(self._array(self._path(name, part)), view, chunk)[0], seen)
+            return seen
+        except Exception:
+            return -1
+
     def _commit(self) -> None:
-        self._group.attrs["fastcon"] = self.record
-        self.views = self.record["views"]
+        """Write the record: from then on what it says is so."""
+        _commit(self._group, self.path, self.record)
+        self.views, self.layout = self.record["views"], layout(self.record)
 
 
 @contextlib.contextmanager
@@ -449,10 +610,10 @@ def open_for_writing(
 def set_samples(store: StoreWriter, pixels: NDArray[np.uint8]) -> None:
     """Keep the decoded pixels [k, size, size, 3] of `sample_rows`: done once, before the first logits."""
     rows = sample_rows(store)
-    size = store.recipe.size
-    _create(store._group, "samples/rows", rows.shape, rows.shape, "uint32")[:] = rows
-    _create(store._group, "samples/pixels", pixels.shape, (len(rows), size, size, 3), "uint8")[:] = pixels
     store.record["samples_digest"] = _digest(rows, pixels)
+    made = layout(store.record)
+    for path, values in (("samples/rows", rows), ("samples/pixels", pixels)):
+        _create(store._group, path, made[path])[:] = values
     store._commit()
 
 
@@ -467,48 +628,67 @@ def checksum(rows: NDArray[Any], before: int = 0) -> int:
     return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
+def restore_record(path: str) -> bool:
+    """Bring back a damaged record from its copy; whether that was needed. Raises FastconError where it cannot be."""
+    if is_url(path) or not os.path.exists(os.path.join(path, COPY)):
+        return False
+    with contextlib.suppress(FastconError):
+        Store(path)
+        return False
+    with _lock(path):
+        try:
+            record = json.loads(Path(path, COPY).read_bytes())
+            if record["format"] != FORMAT:
+                return False  # opening it says so
+            whole = record["digest"] == _record_digest(record)
+        except (ValueError, KeyError, TypeError, OSError):
+            whole = False
+        if not whole:
+            raise FastconError(f"{path}: the record of the store and its copy are both damaged; make the store again")
+        write_atomically(Path(path, "zarr.json"), _group_file({"fastcon": record}))
+    return True
+
+
 def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]) -> None:
-    if len(manifest) > np.iinfo(np.uint32).max:
-        raise FastconError(f"a store holds at most 2^32 images, these are {len(manifest)}")
+    if len(manifest) > LARGEST:
+        raise FastconError(f"a store holds at most {LARGEST:,} images, these are {len(manifest):,}")
+    if recipe.bake is not None and is_url(path):
+        raise FastconError(f"{path}: baked views are tar files in a folder; bake into one, or leave out --bake")
     group = _open(path, "a")
+    columns = {name: np.asarray(getattr(manifest, name)) for name in IMAGE_COLUMNS}
+    images = {
+        "count": len(manifest),
+        "digest": manifest.digest,
+        "columns_digest": _digest(*columns.values()),
+        "name_bytes": len(columns["names"]),
+        "sources": manifest.sources,
+    }
     record: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe.record(),
         "pipeline": pipeline,
-        "images": {"count": len(manifest), "digest": manifest.digest, "sources": manifest.sources},
-        "views": 0,
+        "images": images,
+        "views": view_count,
         "view_digests": [],
         "samples_digest": None,
         "teachers": {},
     }
-    n = len(manifest)
-    columns = {name: np.asarray(getattr(manifest, name)) for name in ("ids", "digests", "names", "name_ends")}
-    record["images"]["columns_digest"] = _digest(*columns.values())
+    arrays = {path: _create(group, path, here) for path, here in layout(record).items()}
     for name, column in columns.items():
-        chunk = (min(len(column), 1 << 20), *column.shape[1:])
-        _create(group, f"images/{name}", column.shape, chunk, str(column.dtype))[:] = column
-    for name, shape, dtype in (("order", (0, n), "uint32"), ("boxes", (0, n, 4), "int32"), ("flips", (0, n), "uint8")):
-        _create(group, name, shape, (1, *shape[1:]), dtype)
-    if recipe.bake is not None:
-        if is_url(path):
-            raise FastconError(f"{path}: baked views are tar files in a folder; bake into one, or leave out --bake")
-        chunks = -(-n // recipe.chunk_rows)
-        _create(group, "baked/checksums", (0, chunks), (1, chunks), "int64", fill=-1)
-    _write_views(group, record, recipe, manifest, view_count)
-    group.attrs["fastcon"] = record
-
-
-def _write_views(group: Any, record: dict[str, Any], recipe: Recipe, manifest: Manifest, view_count: int) -> None:
-    n = len(manifest)
-    for name, shape in (("order", (n,)), ("boxes", (n, 4)), ("flips", (n,))):
-        group[name].resize((max(view_count, record["views"]), *shape))
-    if recipe.bake is not None:
-        group["baked/checksums"].resize((max(view_count, record["views"]), -(-n // recipe.chunk_rows)))
-    for view in range(record["views"], view_count):
+        arrays[f"images/{name}"][:] = column
+    for view in range(view_count):
         made = make_view(recipe, manifest, view)
-        group["order"][view], group["boxes"][view], group["flips"][view] = made.order, made.boxes, made.flips
+        for name in VIEW_COLUMNS:
+            arrays[name][view] = getattr(made, name)
         record["view_digests"].append(_digest(made.order, made.boxes, made.flips))
-    record["views"] = max(view_count, record["views"])
+    _commit(group, path, record)
+
+
+def _commit(group: Any, path: str, record: dict[str, Any]) -> None:
+    record["digest"] = _record_digest(record)
+    group.attrs["fastcon"] = record
+    if not is_url(path):
+        write_atomically(Path(path, COPY), _record_file(record))
 
 
 def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
@@ -575,29 +755,59 @@ def _remove_leftovers(path: str) -> None:
             partial.unlink()
 
 
-def _create(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, fill: int = 0) -> Any:
+def _create(group: Any, name: str, here: Layout) -> Any:
     return group.create_array(
         name,
-        shape=shape,
-        chunks=tuple(max(c, 1) for c in chunks),
-        dtype=dtype,
-        fill_value=fill,
+        config={"write_empty_chunks": True},  # a chunk of zeros is no missing chunk
+        shape=here.shape,
+        chunks=tuple(max(c, 1) for c in here.chunks),
+        dtype=here.dtype,
+        fill_value=here.fill,
         overwrite=True,
         filters=None,
-        serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
+        serializer=BytesCodec(endian="little" if np.dtype(here.dtype).itemsize > 1 else None),
         compressors=Crc32cCodec(),
     )
 
 
-def _read(array: Any, index: int | None = None) -> NDArray[Any]:
-    """An array's values. What is damaged raises; what is missing reads as fill and fails its digest."""
+def _metadata(here: Layout) -> dict[str, Any]:
+    """The metadata of an array, as this version of Zarr has them."""
+    return _create(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), "x", here).metadata.to_dict()
+
+
+def _array_file(here: Layout) -> bytes:
+    memory = MemoryStore()
+    _create(zarr.open_group(memory, mode="w", zarr_format=3), "x", here)
+    return memory._store_dict["x/zarr.json"].to_bytes()
+
+
+def _group_file(attributes: dict[str, Any]) -> bytes:
+    memory = MemoryStore()
+    zarr.open_group(memory, mode="w", zarr_format=3, attributes=attributes)
+    return memory._store_dict["zarr.json"].to_bytes()
+
+
+def _record_file(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    """SHA-256 of the record but for this digest, as JSON with sorted keys."""
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _fields(metadata: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(metadata, default=str))
+
+
+def _same_json(path: Path, expected: bytes) -> bool:
+    """Whether a file says the same, digit by digit; spaces and the order of keys are a version's own."""
     try:
-        return np.ascontiguousarray(array[...] if index is None else array[index])
-    except Exception as error:
-        raise FastconError(
-            f"{array.store_path}: array {array.path!r} is damaged ({_line(error)}); `fastcon verify "
-            "--repair` mends what can be mended"
-        ) from error
+        found, implied = (json.loads(data, parse_float=str, parse_int=str) for data in (path.read_bytes(), expected))
+    except (OSError, ValueError):
+        return False
+    return found == implied
 
 
 def _digest(*columns: NDArray[Any]) -> str:
@@ -605,6 +815,10 @@ def _digest(*columns: NDArray[Any]) -> str:
     for column in columns:
         hasher.update(np.ascontiguousarray(column).data)
     return hasher.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else _line(error)
 
 
 def _line(error: BaseException) -> str:

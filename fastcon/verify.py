@@ -7,7 +7,7 @@ The sample goes the real way: images → decoded views → teachers, compared wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -45,12 +45,14 @@ def verify(
     seed: int = 0,
 ) -> list[Check]:
     """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all."""
+    restored = repair and stores.restore_record(path)
     store = Store(path)
     manifest = images if isinstance(images, Manifest) else index(list(images or store.record["images"]["sources"]))
     store.check_images(manifest)
     if repair:
-        _repair_views(store, manifest)
-    checks = [_images(store), _recipe(store, manifest)]
+        _mend(store, manifest, settings)
+        store = Store(path)
+    checks = [_metadata(store, restored), _images(store), _recipe(store, manifest)]
     if store.recipe.bake is not None:
         if repair:
             _repair_shards(store, manifest, settings)
@@ -59,21 +61,53 @@ def verify(
             checks.append(_baked(store, manifest, rows, settings, seed))
     checks.append(_pixels(store, manifest, settings))
     for name in store.teachers:
-        damaged, unfinished = _chunks(store, name)
-        if repair and damaged:
-            _repair(store, manifest, name, damaged, settings)
-            damaged, unfinished = _chunks(store, name)
-        seen = f"{store.views * store.chunks - len(damaged) - len(unfinished)} of {store.views * store.chunks} chunks whole"
-        if unfinished:
-            seen += f", {len(unfinished)} not computed yet"
-        if damaged:
-            seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-        checks.append(Check(f"{name}: chunks", not damaged and not unfinished, seen))
-        if "weights_file_digest" in store.teachers[name]:
+        if repair:
+            places = [place for place, _ in _chunks(store, name)[0]]
+            if places:
+                _repair(store, manifest, name, places, settings)
+                store = Store(path)
+        whole, usable = _whole(store, name)
+        checks.append(whole)
+        if "weights_bytes" in store.teachers[name]:
             checks.append(_weights(store, name))
-        if rows and not damaged and store.done(name).any():
+        if rows and usable:
             checks.append(_recompute(store, manifest, name, rows, settings, seed))
     return checks
+
+
+def _mend(store: Store, manifest: Manifest, settings: Settings) -> None:
+    """Write anew what follows from the record and the images; what remains is to be computed again."""
+    with stores.open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
+        writer.repair_metadata()
+        for number in range(writer.views):
+            if _fails(lambda number=number: writer.view(number)):  # type: ignore[misc]
+                writer.repair_view(manifest, number)
+        if _fails(writer.image_columns):
+            writer.repair_images(manifest)
+        writer.repair_checksums()
+        if writer.record["samples_digest"] is not None and _fails(writer.samples):
+            writer.repair_samples(precompute.decode_samples(writer, manifest, settings))
+        for name, teacher in writer.teachers.items():
+            if "weights_bytes" in teacher and _fails(lambda name=name: writer.weights(name)):  # type: ignore[misc]
+                model = models.load(teacher["spec"], size=teacher["size"])
+                writer.repair_weights(name, model.export(model.heads[0].name))
+
+
+def _fails(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except FastconError:
+        return True
+    return False
+
+
+def _metadata(store: Store, restored: bool) -> Check:
+    damaged = store.damaged_metadata()
+    if damaged:
+        return Check(
+            "metadata", False, f"{damaged[0]} is damaged" + f" and {len(damaged) - 1} more" * (len(damaged) > 1)
+        )
+    return Check("metadata", True, "the record was restored from its copy" if restored else "as the record implies")
 
 
 def _images(store: Store) -> Check:
@@ -159,6 +193,8 @@ def _recipe(store: Store, manifest: Manifest) -> Check:
 
 
 def _pixels(store: Store, manifest: Manifest, settings: Settings) -> Check:
+    if store.record["samples_digest"] is None:
+        return Check("pixels", False, "no sample pixels yet: run `fastcon precompute` again, it resumes")
     try:
         warning = precompute.check_pixels(store, manifest, settings, exact=False)
     except FastconError as error:
@@ -166,10 +202,11 @@ def _pixels(store: Store, manifest: Manifest, settings: Settings) -> Check:
     return Check("pixels", True, warning or "the sample rows decode to the recorded pixels, bit for bit")
 
 
-Damaged = list[tuple[tuple[int, int], str]]
+Damaged = list[tuple[bake.Place, str]]
 
 
-def _chunks(store: Store, name: str) -> tuple[Damaged, list[tuple[int, int]]]:
+def _chunks(store: Store, name: str) -> tuple[Damaged, list[bake.Place]]:
+    """Chunks that are damaged, each with what is wrong, and those that are not computed yet."""
     damaged: Damaged = []
     done = store.done(name)
     for view, chunk in np.argwhere(done):
@@ -178,6 +215,21 @@ def _chunks(store: Store, name: str) -> tuple[Damaged, list[tuple[int, int]]]:
         except FastconError as error:
             damaged.append(((int(view), int(chunk)), str(error)))
     return damaged, [(int(view), int(chunk)) for view, chunk in np.argwhere(~done)]
+
+
+def _whole(store: Store, name: str) -> tuple[Check, bool]:
+    """What is there of a teacher, and whether a sample can be drawn: some rows are there and none is damaged."""
+    try:
+        damaged, unfinished = _chunks(store, name)
+    except FastconError as error:
+        return Check(f"{name}: chunks", False, str(error)), False
+    total = store.views * store.chunks
+    seen = f"{total - len(damaged) - len(unfinished)} of {total} chunks whole"
+    if unfinished:
+        seen += f", {len(unfinished)} not computed yet"
+    if damaged:
+        seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+    return Check(f"{name}: chunks", not damaged and not unfinished, seen), not damaged and len(unfinished) < total
 
 
 def _teacher(store: Store, name: str) -> Teacher:
@@ -265,22 +317,12 @@ def _require_same_machine(store: Store, manifest: Manifest, settings: Settings, 
     precompute.check_pixels(store, manifest, settings, exact=True)
 
 
-def _repair_views(store: Store, manifest: Manifest) -> None:
-    for number in range(store.views):
-        try:
-            store.view(number)
-        except FastconError:
-            with stores.open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
-                writer.repair_view(manifest, number)
-
-
-def _repair(store: Store, manifest: Manifest, name: str, damaged: Damaged, settings: Settings) -> None:
+def _repair(store: Store, manifest: Manifest, name: str, places: list[bake.Place], settings: Settings) -> None:
     teacher = _teacher(store, name)
     _require_same_machine(store, manifest, settings, store.teachers[name]["device"])
     settings = _as_computed(store, name, settings)
+    missing = np.zeros((store.views, store.chunks), dtype=bool)
+    missing[tuple(zip(*places, strict=True))] = True
     used = store.record["pipeline"]
     with stores.open_for_writing(store.path, manifest, store.recipe, store.views, used) as writer:
-        missing = np.zeros((store.views, store.chunks), dtype=bool)
-        for (view, chunk), _ in damaged:
-            missing[view, chunk] = True
-        precompute.fill(writer, manifest, [teacher], {name: missing}, [place for place, _ in damaged], settings)
+        precompute.fill(writer, manifest, [teacher], {name: missing}, sorted(places), settings)

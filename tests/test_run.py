@@ -19,6 +19,13 @@ def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
         Run(tmp_path / "run", {"command": "train", "epochs": 4, "grid": (1.0, 2.0)})
 
 
+def test_a_run_that_was_killed_as_it_began_begins_anew(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.partial").write_text("{")
+    Run(tmp_path / "run", CONFIG).begin()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
 def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.write({"step": 1})
@@ -65,6 +72,8 @@ def test_info_adds_up_what_a_run_waited_for(tmp_path, monkeypatch):
         waits.step(0.5)
         waits.step(0.5)
         waits.write(run)
+    with open(run.path / Waits.FILE, "a") as file:
+        file.write('{"steps": 1, "sec')  # killed while it wrote
     facts, text = info.describe(str(run.path))
     assert facts["waits"] == pytest.approx({"pixels": 0.5, "logits": 0.05, "host": 0.05, "step": 0.4, "seconds": 40})
     assert "time: 50% pixels, 5% logits, 5% host, 40% step of 40 s" in text

@@ -86,7 +86,6 @@ def test_what_a_run_leaves_behind(trained, store_path):
             assert 0 <= head["kl"] < head["loss"]
             assert 0 <= head["agreement"] <= 1
         assert row["loss"] == pytest.approx(sum(head["loss"] for head in row["heads"].values()), rel=1e-6)
-    assert rows[-1]["loss"] < rows[0]["loss"]
     theirs = zoo.get_model(ARCHITECTURE.split(":")[1], num_classes=10)
     theirs.load_state_dict(load_file(trained / "student.safetensors"))
     heads = load_file(trained / "heads.safetensors")

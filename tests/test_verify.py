@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import SETTINGS, make_model, tree
+from conftest import SETTINGS, make_model, rewrite_record, tree
 
 from fastcon import verify as verification
 from fastcon.errors import FastconError
@@ -31,7 +30,7 @@ def test_a_whole_store_passes(store_path):
     checks = verify(str(store_path), None, 60, SETTINGS)
     assert not failed(checks)
     assert [check.what for check in checks] == [
-        "images", "views", "pixels", "general: chunks", "general: weights", "general: rows", "letters: chunks",
+        "metadata", "images", "views", "pixels", "general: chunks", "general: weights", "general: rows", "letters: chunks",
         "letters: rows",
     ]  # fmt: skip
     assert "60 rows computed again" in checks[-1].seen
@@ -64,9 +63,8 @@ def test_rows_of_other_images_are_found(copy):
     group = zarr.open_group(str(copy))
     order = np.roll(group["order"][0], 1)
     group["order"][0] = order
-    record = dict(group.attrs["fastcon"])
-    record["view_digests"][0] = _digest(order, group["boxes"][0], group["flips"][0])
-    group.attrs["fastcon"] = record
+    digest = _digest(order, group["boxes"][0], group["flips"][0])
+    rewrite_record(copy, lambda record: record["view_digests"].__setitem__(0, digest))
     seen = failed(verify(str(copy), None, 100, SETTINGS))
     assert "not what the recipe makes" in seen["views"]
     assert any("KL" in seen.get(f"{name}: rows", "") for name in ("general", "letters"))
@@ -94,11 +92,9 @@ def test_an_unfinished_store_is_said(copy):
 
 
 def test_a_teacher_that_is_gone_or_changed_is_said(copy, tmp_path):
-    meta = json.loads((copy / "zarr.json").read_text())
     other = make_model(tmp_path / "other.safetensors", ["a", "b", "c"], seed=77, size=40)
     for spec, message in ((str(other), "put the former back"), ("gone.safetensors", "no such weights file")):
-        meta["attributes"]["fastcon"]["teachers"]["letters"]["spec"] = spec
-        (copy / "zarr.json").write_text(json.dumps(meta))
+        rewrite_record(copy, lambda record, spec=spec: record["teachers"]["letters"].update(spec=spec))
         assert message in failed(verify(str(copy), None, 8, SETTINGS))["letters: rows"]
 
 
@@ -148,9 +144,7 @@ def test_repair_wants_the_pixels_and_the_device_that_were_there(copy):
     chunk_of(copy, 1, 2).unlink()
     with pytest.raises(FastconError, match="decode differently"):
         verify(str(copy), None, 8, replace(SETTINGS, loader="torchvision"), repair=True)
-    meta = json.loads((copy / "zarr.json").read_text())
-    meta["attributes"]["fastcon"]["teachers"]["letters"]["device"] = "cuda"
-    (copy / "zarr.json").write_text(json.dumps(meta))
+    rewrite_record(copy, lambda record: record["teachers"]["letters"].update(device="cuda"))
     with pytest.raises(FastconError, match="was computed on cuda: repair it with --device cuda"):
         verify(str(copy), None, 8, SETTINGS, repair=True)
     assert not chunk_of(copy, 1, 2).exists()
@@ -166,21 +160,27 @@ def test_a_damaged_view_is_named_and_repaired(copy, store_path, name):
 
 
 @pytest.mark.parametrize("part", ["images/ids", "images/digests", "images/names", "images/name_ends"])
-def test_damaged_image_columns_are_named(copy, part):
+def test_damaged_image_columns_are_named_and_repaired(copy, store_path, part):
     for file in (copy / part / "c").rglob("*"):
         if file.is_file():
             file.unlink()
     assert "missing or damaged" in failed(verify(str(copy), None, 0, SETTINGS))["images"]
+    assert not failed(verify(str(copy), None, 0, SETTINGS, repair=True))
+    assert tree(copy) == tree(store_path)
 
 
-def test_damaged_weights_are_named_and_written_anew_by_precompute(copy, store_path, proxy, teachers):
+@pytest.mark.parametrize("way", ["precompute", "repair"])
+def test_damaged_weights_are_named_and_written_anew(copy, store_path, proxy, teachers, way):
     from conftest import RECIPE
 
     from fastcon.precompute import precompute
 
     (copy / "teachers" / "general" / "weights" / "c" / "0").unlink()
     assert "general: weights" in failed(verify(str(copy), None, 0, SETTINGS))
-    precompute(str(copy), proxy, teachers, RECIPE, 2, SETTINGS)
+    if way == "precompute":
+        precompute(str(copy), proxy, teachers, RECIPE, 2, SETTINGS)
+    else:
+        assert not failed(verify(str(copy), None, 0, SETTINGS, repair=True))
     assert tree(copy) == tree(store_path)
 
 
