@@ -1,0 +1,246 @@
+"""One self-contained HTML page of results, and beside it every table and figure as a file."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcon.checkpoint import write_atomically
+from fastcon.errors import FastconError
+from fastcon.report import figures, sheet, tables
+from fastcon.report.results import RELATED, Results, Table, read
+from fastcon.report.tally import Line, tally
+
+THRESHOLD = 1.5
+"""Points within which the tally calls two means about equal."""
+
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #8884; --mark: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --mark: #56b4e9; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 84rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
+th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--mark); }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+td small { opacity: .75; } td.best { font-weight: 700; } td.related { border-left: 3px solid #d55e00; }
+svg { width: 100%; min-width: 38rem; max-width: 62rem; height: auto; } pre { overflow-x: auto; background: var(--faint); padding: .7rem; font-size: .85rem; }
+.views { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
+.views figure { margin: 0; font-size: .8rem; } .views img { width: 100%; image-rendering: auto; }
+@media print { body { max-width: none; margin: 0; } h2 { break-after: avoid; } .wide { overflow: visible; }
+  th, td { white-space: normal; padding: .2rem .35rem; } }
+"""
+_SCRIPT = """
+for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
+  const head = button.parentElement, body = head.closest('table').tBodies[0], column = head.cellIndex;
+  const down = head.getAttribute('aria-sort') !== 'descending';
+  for (const other of head.parentElement.children) other.removeAttribute('aria-sort');
+  head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
+  const key = row => { const v = row.cells[column].dataset.v; return v === undefined || v === '' ? null : v; };
+  const order = (a, b) => { const x = key(a), y = key(b);
+    if (x === null || y === null) return (x === null) - (y === null);
+    const d = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return down ? -d : d; };
+  body.append(...[...body.rows].sort(order));
+});
+"""
+
+
+def write_report(
+    paths: Sequence[str],
+    out: str,
+    generalist: str | None = None,
+    related: Sequence[str] = (),
+    threshold: float = THRESHOLD,
+    views: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write OUT/index.html, and its tables (.md, .csv, .tex), figures (.svg, .png) and tally beside it; returns facts.
+
+    paths: RESULTS. generalist: the label of the generalist. related: TEACHER=TASK of further related tasks. views: a
+    STORE of which sample views are shown. Raises FastconError.
+    """
+    if not paths and views is None:
+        raise FastconError(
+            "nothing to report: give RESULTS (JSON of probe or evaluate, RUN folders, CSV), or --views STORE"
+        )
+    aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
+    for pair in related:
+        teacher, equals, task = pair.partition("=")
+        if not (teacher and equals and task):
+            raise FastconError(f"--related {pair!r} is not TEACHER=TASK")
+        aliases.setdefault(teacher, set()).add(task)
+    results = read(paths, generalist)
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.html").exists())):
+        raise FastconError(f"{out} holds other files: give an empty or a new folder as --out")
+    shown = sheet.views(views) if views is not None else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "index.html", b"")  # so that a second try finds its own folder
+    sections: list[str] = []
+    tallies: dict[str, Any] = {}
+    for table in results.tables.values():
+        name = _file_name(table.title)
+        for ending, text in (("md", tables.markdown), ("csv", tables.comma_separated), ("tex", tables.latex)):
+            write_atomically(folder / f"{name}.{ending}", text(table).encode(errors="replace"))
+        parts = [_table(table, aliases), _figure(figures.gains(table, aliases), folder / f"{name}-gains")]
+        lines = tally(table, aliases)
+        if lines:
+            tallies[table.title] = [_tally_facts(line, threshold) for line in lines]
+            write_atomically(folder / f"{name}-tally.md", _tally_markdown(lines, threshold).encode())
+            parts.append(_tally(lines, threshold))
+        sections.append(_section(table.title, *parts))
+        say(
+            f"== {table.title}\n\n{tables.markdown(table)}"
+            + ("\n" + _tally_markdown(lines, threshold) if lines else "")
+        )
+    sections += [
+        _section(title, _figure(figure, folder / title.replace(" ", "-")))
+        for title, figure in (
+            ("learning curves", figures.curves(results.runs)),
+            ("cost and accuracy", figures.costs(results)),
+        )
+        if figure is not None
+    ]
+    if views is not None:
+        sections.append(_section(f"views of {views}", shown))
+    sections.append(_section("configuration and cost", *_remake(results, paths, out)))
+    write_atomically(folder / "index.html", _page("fastcon report", sections).encode(errors="replace"))
+    return {"out": out, "tables": list(results.tables), "tally": tallies}
+
+
+def _page(title: str, sections: list[str]) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'\">"
+        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
+        + "\n".join(sections)
+        + f"\n<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(part for part in parts if part) + "</section>"
+
+
+def _table(table: Table, aliases: dict[str, set[str]]) -> str:
+    """Accuracies in percent; a bar at the left of a cell: a related task; bold: the best of a column."""
+    rows = []
+    for label, row in table.rows.items():
+        cells = [f'<td data-v="{html.escape(label)}">{html.escape(label)}</td>']
+        for task in table.tasks:
+            cell = table.cells.get((label, task))
+            if cell is None:
+                cells.append("<td></td>")
+                continue
+            kinds = ["best"] * (cell.value == tables.best(table, task)) + ["related"] * row.related(task, aliases)
+            gain = tables.difference(table, label, task)
+            cells.append(
+                f'<td data-v="{cell.value:.4f}" class="{" ".join(kinds)}">{cell.value:.1f}'
+                + (f" <small>{gain}</small>" if gain else "")
+                + "</td>"
+            )
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    legend = "Accuracy in percent; bold: the best of its column; a bar on the left: a task related to a teacher."
+    if table.generalist is not None:
+        legend += " Small: points above the generalist, ± half the 95 % interval where draws are paired."
+    return _html_table(["representation", *table.tasks], rows) + f"<p>{legend}</p>"
+
+
+def _html_table(heads: list[str], rows: list[str]) -> str:
+    names = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
+    return (
+        f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>\n'
+        + "\n".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+def _figure(figure: Any | None, path: Path) -> str:
+    if figure is None:
+        return ""
+    text = figures.svg(figure)
+    write_atomically(path.with_suffix(".svg"), text.replace("<svg ", f"<svg {_NAMESPACES} ", 1).encode())
+    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
+    return f'<div class="wide">{text}</div>'
+
+
+def _kind(line: Line) -> str:
+    return "related" if line.related else "unrelated"
+
+
+def _tally_facts(line: Line, threshold: float) -> dict[str, Any]:
+    return {
+        "ours": line.ours,
+        "theirs": line.theirs,
+        "tasks": _kind(line),
+        "counts": list(line.counts(threshold)),
+        "differences": dict(line.differences),
+    }
+
+
+def _tally_markdown(lines: list[Line], threshold: float) -> str:
+    text = [f"| tally, ≈: within {threshold:g} points | tasks | > | ≈ | < |", "|---|---|---|---|---|"]
+    for line in lines:
+        better, equal, worse = line.counts(threshold)
+        text.append(f"| {line.ours} vs {line.theirs} | {_kind(line)} | {better} | {equal} | {worse} |")
+    return "\n".join(text) + "\n"
+
+
+def _tally(lines: list[Line], threshold: float) -> str:
+    rows = []
+    for line in lines:
+        name = f"{line.ours} vs {line.theirs}"
+        cells = [f'<td data-v="{name}">{name}</td><td data-v="{_kind(line)}">{_kind(line)}</td>']
+        cells += [f'<td data-v="{count}">{count}</td>' for count in line.counts(threshold)]
+        each = ", ".join(f"{scenario} {value:+.1f}" for scenario, value in line.differences)
+        cells.append(f'<td style="white-space:normal;text-align:left"><small>{html.escape(each)}</small></td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = ["tally", "tasks", ">", "≈", "<", "mean difference of each scenario, points"]
+    return _html_table(head, rows) + f"<p>Over the scenarios with one teacher; ≈: within {threshold:g} points.</p>"
+
+
+def _remake(results: Results, paths: Sequence[str], out: str) -> list[str]:
+    rows = [
+        f'<tr><td data-v="{html.escape(run.label)}">{html.escape(run.label)}</td>'
+        f'<td data-v="{run.seconds or ""}">{"" if run.seconds is None else f"{run.seconds / 60:.1f} min"}</td>'
+        f'<td data-v="{run.metrics[-1]["step"]}">{run.metrics[-1]["step"]:,}</td></tr>'
+        for run in results.runs
+    ]
+    parts = [_html_table(["run", "training time", "steps"], rows)] if rows else []
+    for source, config in results.sources:
+        remake = _command(config)
+        text = (f"{remake}\n\n" if remake else "") + json.dumps(config, indent=1, ensure_ascii=False)
+        parts.append(f"<details><summary>{html.escape(source)}</summary><pre>{html.escape(text)}</pre></details>")
+    command = shlex.join(["fastcon", "report", *paths, "--out", out])
+    return [*parts, f"<p>This page: </p><pre>{html.escape(command)}</pre>"]
+
+
+def _command(config: dict[str, Any]) -> str:
+    """The command that makes a probe's result again."""
+    if config.get("command") != "probe" or not {"backbones", "folds", "c_grid", "size", "seed"} <= set(config):
+        return ""
+    words = ["fastcon", "probe", *config["backbones"]]
+    for key in ("train", "test"):
+        words += [word for source in config[key] for word in (f"--{key}", source)]
+    words += (
+        ["--full"] if config["shots"] is None else ["--shots", str(config["shots"]), "--trials", str(config["trials"])]
+    )
+    for key in ("holdout", "split", "split_seed", "seed", "folds", "solver", "scale_features", "size"):
+        words += [] if config[key] is None else [f"--{key.replace('_', '-')}", str(config[key])]
+    return shlex.join([*words, "--c-grid", ",".join(f"{value:g}" for value in config["c_grid"])])
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-.") or "table"
