@@ -175,7 +175,7 @@ def main() -> None:
 )
 @_option("--logits", default="float16", help="How logits are stored: float16, float32, uint8 or topK, as top32.")
 @_option("--bake", is_flag=True, help="Keep every view as a JPEG in the store, to train without the photos.")
-@_option("--bake-quality", type=click.IntRange(1, 100), default=90, help="JPEG quality of baked views.")
+@_option("--bake-quality", type=click.IntRange(1, 100), default=None, help="JPEG quality of baked views (default: 90).")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
 @_precision
@@ -193,7 +193,7 @@ def precompute(
     scale: tuple[float, float],
     logits: str,
     bake: bool,
-    bake_quality: int,
+    bake_quality: int | None,
     batch_size: int,
     device: str,
     precision: str,
@@ -216,6 +216,8 @@ def precompute(
         raise UsageError(f"--scale {scale[0]} {scale[1]}: the smaller share of the area comes first")
     if generalist is None and not teachers:
         raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+    if bake_quality and not bake:
+        raise UsageError("--bake-quality says how to bake views: give --bake, too")
     from fastcon import models
     from fastcon import precompute as stage
     from fastcon.codec import codec
@@ -225,7 +227,7 @@ def precompute(
     chosen = models.choose_device(device)
     used = models.choose_precision(precision, chosen, training=False)
     settings = stage.Settings(batch_size, chosen, loader, threads, used, logits)
-    recipe = Recipe(seed, size, scale, bake=bake_quality if bake else None)
+    recipe = Recipe(seed, size, scale, bake=(bake_quality or 90) if bake else None)
     named = ([generalist] if generalist else []) + list(teachers)
     stage.check_names([name for name, _ in named])
     loaded = [
@@ -240,8 +242,8 @@ def precompute(
             "on the related; --generalist can be added to this store later"
         )
     if dry_run:
-        width = sum(stored.row_bytes(len(t.model.heads[0].classes)) for t in loaded)
-        rate = stage.measure(manifest, loaded, recipe, settings)
+        rate, baked = stage.measure(manifest, loaded, recipe, settings)
+        width = round(baked + sum(stored.row_bytes(len(t.model.heads[0].classes)) for t in loaded))
         _finish(
             {
                 "images": len(manifest),
@@ -470,6 +472,7 @@ def probe(
     from fastcon import probe as stage
     from fastcon.features import features
     from fastcon.precompute import Settings
+    from fastcon.run import origin
 
     grid = _floats(c_grid, "--c-grid")
     chosen = models.choose_device(device)
@@ -508,11 +511,13 @@ def probe(
         rows.append(
             {
                 "backbone": spec,
+                **origin(spec),
                 "accuracy": result.mean,
                 "std": result.std,
                 "ci95": result.ci95,
                 "accuracies": result.accuracies,
                 "chosen_c": result.chosen_c,
+                "duality_gaps": result.gaps,
                 "seconds": bar.seconds,
                 "per_class": {
                     name: None if value != value else value  # NaN, for a class without test images, is no JSON
@@ -526,6 +531,7 @@ def probe(
     _finish(
         {
             "command": "probe",
+            "backbones": list(backbones),
             "train": list(train_images),
             "test": list(test_images),
             "holdout": holdout,
@@ -677,6 +683,7 @@ def evaluate(
     """
     from fastcon import finetune, models, splits
     from fastcon.precompute import Settings
+    from fastcon.run import origin
 
     chosen = models.choose_device(device)
     used = models.choose_precision(precision, chosen, training=False)
@@ -688,7 +695,15 @@ def evaluate(
     name = head or loaded.heads[0].name
     value = finetune.accuracy(loaded, name, test, settings)
     _finish(
-        {"model": model, "head": name, "accuracy": value, "test_images": len(test), "classes": len(test.classes)},
+        {
+            "command": "evaluate",
+            "model": model,
+            **origin(model),
+            "head": name,
+            "accuracy": value,
+            "test_images": len(test),
+            "classes": len(test.classes),
+        },
         json_file,
         f"{model}, head {name}: {value:.2%} of {len(test):,} images in {len(test.classes)} classes",
     )
@@ -754,12 +769,103 @@ def info(path: str, json_file: str | None) -> None:
 
 
 @main.command()
+@click.argument("results", nargs=-1)
+@_option("--out", required=True, help="Folder for the page, its tables and figures.")
+@_option("--generalist", default=None, help="Which representation is the generalist that others are compared with.")
+@_option("--related", multiple=True, help="TEACHER=TASK that counts as related, besides the teacher's own.")
+@_option("--threshold", type=click.FloatRange(0), default=1.5, help="Points within which the tally says ≈.")
+@_option("--views", default=None, help="STORE of which sample views are shown, with what the teachers say of them.")
+@_common
+def report(
+    results: tuple[str, ...],
+    out: str,
+    generalist: str | None,
+    related: tuple[str, ...],
+    threshold: float,
+    views: str | None,
+    json_file: str | None,
+) -> None:
+    """Tables, tally and figures of RESULTS on one page, OUT/index.html.
+
+    RESULTS: JSON of probe and evaluate, RUN folders (learning curves, cost), CSV tables of accuracies in percent.
+
+    \b
+    fastcon report birds.json flowers.json runs/student --out report
+    fastcon report benchmarks/paper/table4.csv --out report
+    fastcon report --views store --out report
+    """
+    from fastcon.report import write_report
+
+    facts = write_report(results, out, generalist, related, threshold, views, say=click.echo)
+    _finish(facts, json_file, f"{out}/index.html")
+
+
+@main.command()
+@click.argument("first")
+@click.argument("second", required=False)
+@_option("--out", required=True, help="Folder for pairs.csv and sheet.png.")
+@_option("--distance", type=click.IntRange(0, 32), default=10, help="Bits of 64 in which hashes may differ.")
+@_option("--threads", type=click.IntRange(1), default=None, help="Decoding threads (default: one a core).")
+@_indexing
+@_common
+def dedup(
+    first: str,
+    second: str | None,
+    out: str,
+    distance: int,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    json_file: str | None,
+) -> None:
+    """Near-duplicate images between two IMAGES, or within one: resized, recompressed, cropped a little, brightened.
+
+    \b
+    fastcon dedup proxy/ birds/ --out duplicates
+    """
+    import csv
+    import io
+
+    from fastcon import dedup as stage
+    from fastcon.checkpoint import write_atomically
+
+    sets = [_index((source,), trust_images, strict) for source in (first, second) if source is not None]
+    prints = []
+    for source, manifest in zip((first, second), sets, strict=False):
+        bar = _Bar(f"hash {source}", "images")
+        prints.append(stage.fingerprints(manifest, threads, bar))
+        bar.close()
+    bar = _Bar("compare", "images")
+    pairs = stage.near_duplicates(prints[0], prints[1] if second else None, distance, bar)
+    bar.close()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["first", "second", "bits", "correlation"])
+    writer.writerows([sets[0].name(p.first), sets[-1].name(p.second), p.bits, f"{p.correlation:.3f}"] for p in pairs)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "pairs.csv", text.getvalue().encode(errors="surrogateescape"))
+    write_atomically(folder / "sheet.png", stage.contact_sheet(prints[0], prints[-1], pairs))
+    images = " and ".join(f"{len(manifest):,}" for manifest in sets)
+    _finish(
+        {"images": [len(m) for m in sets], "pairs": len(pairs)},
+        json_file,
+        f"{len(pairs)} near-duplicate pairs among {images} images: {out}/pairs.csv, {out}/sheet.png",
+    )
+
+
+@main.command()
 @click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe"]))
-@_option("--images", default=None, help="Photos for loader and train (default: rendered ones).")
+@_option(
+    "--images", default=None, help="Photos for loader and train (default: rendered ones); labelled IMAGES for probe."
+)
+@_option("--backbone", default=None, help="For probe: the MODEL whose features of --images are used too.")
 @_option("--store", default=None, help="For store: a store with float logits, whose codecs are compared.")
 @_option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one.")
 @_common
-def bench(what: str, images: str | None, store: str | None, device: str, json_file: str | None) -> None:
+def bench(
+    what: str, images: str | None, backbone: str | None, store: str | None, device: str, json_file: str | None
+) -> None:
     """Time fastcon against what a user would pick instead, on the same input, interleaved in one run.
 
     --json gets the list of rows. From a checkout, a record with hardware and versions goes to benchmarks/results, too.
@@ -770,14 +876,25 @@ def bench(what: str, images: str | None, store: str | None, device: str, json_fi
     """
     import importlib
 
+    takes = {"--images": ("loader", "train", "probe"), "--backbone": ("probe",), "--store": ("store",)}
+    takes |= {"--device": ("kernel", "loader", "train")}
+    given = {"--images": images, "--backbone": backbone, "--store": store}
+    given |= {"--device": None if device == "auto" else device}
+    for name, benchmarks in takes.items():
+        if given[name] and what not in benchmarks:
+            raise UsageError(f"{name} is for {', '.join(benchmarks)}, not for bench {what}")
     from fastcon import bench as stage
     from fastcon import models
     from fastcon.checkpoint import write_atomically
 
-    options: dict[str, Any] = {"images": images} if what in ("loader", "train") else {}
+    if what == "probe" and bool(images) != bool(backbone):
+        raise UsageError("bench probe takes --images and --backbone together: features of one by the other")
+    options: dict[str, Any] = {"images": images} if what in takes["--images"] else {}
+    if what == "probe":
+        options["backbone"] = backbone
     if what == "store":
         options["logits_of"] = store
-    if what in ("kernel", "loader", "train"):
+    if what in takes["--device"]:
         options["device"] = models.choose_device(device)
     rows = importlib.import_module(f"fastcon.bench.{what}").bench(_note, **options)
     for row in rows:

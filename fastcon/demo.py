@@ -133,8 +133,14 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
         )
         for name, row in zip(backbones, probe["results"], strict=True):
             accuracy[name][task] = row["accuracy"]
+        write_atomically(root / f"probe-{task}.json", (json.dumps(probe, indent=2) + "\n").encode())
     _contact_sheet(root / "samples.png")
-    _figure(accuracy, root / "figure.png")
+    probes = [str(root / f"probe-{task}.json") for task in TASKS]
+    runs = [str(root / method) for method in methods]
+    out = str(root / "report")
+    call(
+        "all of it on one page", "report", *probes, *runs, "--generalist", "generalist", "--views", store, "--out", out
+    )
     result: dict[str, Any] = {
         "accuracy": accuracy,
         "seconds": time.monotonic() - started,
@@ -150,7 +156,7 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
         f"train {_speed(result['train_images_per_second'])} img/s, everything {result['seconds']:.0f} s"
     )
     say(
-        f"table {root}/table.md · figure {root}/figure.png · images {root}/samples.png · store {store} · student "
+        f"page {root}/report/index.html · table {root}/table.md · images {root}/samples.png · store {store} · student "
         f"{root}/consolidate/student.safetensors"
     )
     return result
@@ -212,31 +218,3 @@ def _contact_sheet(path: Path) -> None:
         for k in range(2 * columns):
             sheet.paste(render.make(domain, k // 4, k % 4), (k % columns * side, (2 * d + k // columns) * side))
     sheet.save(path)
-
-
-def _figure(accuracy: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy relative to the generalist, a row a representation, a mark a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in accuracy if name != "generalist"]
-    figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
-    marks = dict(zip(TASKS, "o^sD", strict=True))
-    for task, kind in TASKS.items():
-        gain = [100 * (accuracy[name][task] - accuracy["generalist"][task]) for name in names]
-        colour = "#d55e00" if kind == "related" else "#0072b2"
-        fill = colour if kind == "related" else "none"
-        axes.plot(
-            gain, range(len(names)), marks[task], ms=9, mec=colour, mfc=fill, mew=1.6, ls="", label=f"{task} ({kind})"
-        )
-    axes.axvline(0, color="0.6", lw=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("5-shot accuracy against the generalist (points)")
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

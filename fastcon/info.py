@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ def _waits(path: Path) -> dict[str, float] | None:
     file = path / Waits.FILE
     if not file.exists():
         return None
-    spans = [json.loads(line) for line in file.read_text().splitlines()]
+    spans = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+            spans.append(json.loads(line))
     seconds = sum(span["seconds"] for span in spans)
     if not seconds:
         return None
@@ -105,7 +109,7 @@ def diagnosis(waits: dict[str, float], config: dict[str, Any]) -> list[str]:
     advice = {
         "pixels": "--threads for as many decoding threads as there are cores"
         + ("" if config["store"]["recipe"].get("bake") else "; precompute --bake, to decode small views"),
-        "logits": "precompute --logits uint8, to read half as much; a faster disk",
+        "logits": "a faster disk, or precompute --logits uint8, which is half of float16",
         "host": "a larger --log-every or --checkpoint-minutes",
         "step": "--precision, --compile, or a larger --batch-size",
     }

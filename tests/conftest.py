@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
@@ -10,8 +11,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first impo
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from fastcon import models, render
+from fastcon import store as stores
 from fastcon.manifest import Manifest, index
 from fastcon.precompute import Settings, Teacher, precompute
 from fastcon.store import Recipe
@@ -121,3 +124,11 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def rewrite_record(path: Path, change: Callable[[dict], None]) -> None:
+    """Change a store's record as its own writer would: with its digest, and in both places."""
+    group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
+    record = dict(group.attrs["fastcon"])
+    change(record)
+    stores._commit(group, str(path), record)

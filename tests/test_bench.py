@@ -43,8 +43,10 @@ def test_features_are_as_a_resnets():
     assert np.bincount(y).tolist() == [6] * 5
 
 
-def test_a_record_says_what_made_it():
+def test_a_record_says_what_made_it_and_no_place(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fastcon", "bench", "loader", "--images", "/home/somebody/photos.tar"])
     made = bench.record([])
+    assert made["command"] == "fastcon bench loader --images photos.tar"
     assert set(made) == {"command", "commit", "hardware", "versions", "rows"}
     assert made["hardware"]["cores"] >= 1
 

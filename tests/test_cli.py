@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import make_model
+from conftest import make_model, rewrite_record
 
 from fastcon.cli import main
 
-COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "bench", "demo"]
+COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "report", "dedup", "bench", "demo"]
 
 
 def fastcon(*args, code: int = 0):
@@ -130,6 +130,10 @@ def test_dry_runs_write_nothing(session, proxy_folder, tmp_path):
     assert (cost["rows"], cost["bytes"]) == (1500, 1500 * 3 * 2)
     assert cost["seconds"] > 0
     assert "would store" in result.stdout
+    fastcon("precompute", proxy_folder, "--store", tmp_path / "s", "--views", 10, "--size", 32, "--bake", "--teacher",
+            f"shapes={session}/teacher", "--dry-run", "--json", tmp_path / "baked.json")  # fmt: skip
+    a_view = json.loads((tmp_path / "baked.json").read_text())["bytes"] / 1500 - 3 * 2
+    assert 1024 < a_view < 4096  # a tar header, and a JPEG of 32 px in blocks of 512
     assert not (tmp_path / "s").exists()
     result = fastcon("train", "--store", session / "store", "--out", tmp_path / "r", "--balance", "1:3", "--dry-run")
     assert "general (weight 0.5), shapes (weight 1.5)" in result.stdout
@@ -168,8 +172,8 @@ def test_refused_a_folder_that_changed(session, folder):
 
 def test_refused_a_store_of_another_format(session, tmp_path):
     path = Path(shutil.copytree(session / "store", tmp_path / "s"))
-    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"format": 1', '"format": 9'))
-    assert "store format 9, this fastcon reads format 1" in refusal("info", path)
+    rewrite_record(path, lambda record: record.update(format=9))
+    assert "store format 9, this fastcon reads format 2" in refusal("info", path)
 
 
 def test_refused_names_and_weights(session, folder, tmp_path):
@@ -227,7 +231,7 @@ def test_verify_exits_1_for_a_damaged_store(session, tmp_path):
     (path / "teachers" / "shapes" / "logits" / "c" / "0" / "0" / "0").unlink()
     result = fastcon("verify", path, "--rows", 4, code=1)
     assert "FAILED  shapes: chunks" in result.stdout
-    assert "1 of 7 checks failed" in result.stderr
+    assert "1 of 8 checks failed" in result.stderr
     assert "ok      shapes: chunks" in fastcon("verify", path, "--rows", 4, "--repair").stdout
 
 
@@ -309,3 +313,17 @@ def test_a_store_in_bytes_with_baked_views_from_the_command_line(tmp_path, proxy
     assert "JPEG quality 80, 100% done" in shown
     assert "uint8 logits" in shown
     assert "  time: " in CliRunner().invoke(main, ["info", str(out)]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "kernel", "--images", "x"], "--images is for loader, train, probe, not for bench kernel"),
+        (["bench", "probe", "--device", "cpu"], "--device is for kernel, loader, train, not for bench probe"),
+        (["precompute", "x", "--store", "s", "--views", "1", "--teacher", "a=b", "--bake-quality", "9"], "give --bake"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments, message):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in result.output

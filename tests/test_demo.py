@@ -37,6 +37,7 @@ def test_the_story_with_commands_played(tmp_path, monkeypatch):
         "probe",
         "probe",
         "probe",
+        "report",
     ]
     assert result["accuracy"]["consolidate"] == pytest.approx(
         {"glyphs": 0.14, "shapes": 0.24, "textures": 0.34, "digits": 0.44}
@@ -45,8 +46,8 @@ def test_the_story_with_commands_played(tmp_path, monkeypatch):
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table[-1] == "| consolidate | 14.0 | 24.0 | 34.0 | 44.0 | 34.0 |"
     assert "+4.0 points on the related task and +4.0" in "\n".join(said)
-    for name in ("figure.png", "samples.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "probe-shapes.json").read_text())["results"][4]["accuracy"] == pytest.approx(0.24)
     assert json.loads((tmp_path / "result.json").read_text())["accuracy"] == result["accuracy"]
 
 
@@ -57,3 +58,6 @@ def test_the_whole_demo(tmp_path):
     accuracy = json.loads((tmp_path / "demo" / "result.json").read_text())["accuracy"]
     assert all(0 < value < 1 for row in accuracy.values() for value in row.values())
     assert "consolidated student is" in result.output
+    page = (tmp_path / "demo" / "report" / "index.html").read_text()
+    for section in ("5-shot linear SVM", "learning curves", "cost and accuracy", "views of"):
+        assert f"<h2>{section}" in page

@@ -31,7 +31,7 @@ def record(rows: list[Row]) -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     cores = len(os.sched_getaffinity(0))
     return {
-        "command": " ".join(["fastcon", *sys.argv[1:]]),
+        "command": " ".join(["fastcon", *(os.path.basename(part) for part in sys.argv[1:])]),  # no places of a machine
         "commit": commit.stdout.strip() or None,
         "hardware": {"cpu": _cpu(), "cores": cores, "machine": platform.machine(), **gpu},
         "versions": run.versions(),

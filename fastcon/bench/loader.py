@@ -29,7 +29,7 @@ def bench(
     images: str | None = None,
     views: int = 4,
     count: int = 256,
-    rounds: int = 3,
+    rounds: int = 5,
     size: tuple[int, int] = (500, 375),
 ) -> list[Row]:
     """img/s of `count` photos x `views` views to 224 px, from the first batch on, decoding threads or workers: one a core.
