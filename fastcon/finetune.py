@@ -142,7 +142,8 @@ def fit(
     count: Callable[[int], None] = lambda steps: None,
 ) -> Classifier:
     """Fine-tune a copy of `start` with a fresh head at one learning rate; checkpointed every epoch."""
-    model = _copy(start, Head(options.head, train.classes), options.seed)
+    model = _copy(start, Head(options.head, train.classes, "sigmoid" if train.multi_label else "softmax"), options.seed)
+    loss_of = _binary_cross_entropy if train.multi_label else nn.functional.cross_entropy
     model.on(settings.device).train()
     optimizer = make_optimizer(model, rate, rate, options.momentum, options.weight_decay)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=options.precision == "float16")
@@ -166,7 +167,7 @@ def fit(
             set_rate(optimizer, step / (steps * options.epochs), options.milestones)
             with models.precision_context(options.precision, settings.device):
                 logits = model(pixels)
-            loss = nn.functional.cross_entropy(logits, labels)
+            loss = loss_of(logits, labels)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -206,7 +207,10 @@ def fit(
 
 
 def accuracy(model: Classifier, head: str, test: Subset, settings: Settings) -> float:
-    """Share of images whose class the head finds among its own classes, matched by name."""
+    """Share of images whose class the head finds among its own classes, matched by name.
+
+    Of multi-label images the share of (image, label) pairs that its signs tell right.
+    """
     chosen, columns = model.head_index(head)
     place = {name: k for k, name in enumerate(chosen.classes)}
     missing = [name for name in test.classes if name not in place]
@@ -215,10 +219,21 @@ def accuracy(model: Classifier, head: str, test: Subset, settings: Settings) -> 
             f"head {head!r} does not know the class {missing[0]!r} of the test images ({len(missing)} such); "
             f"it knows {splits.few(chosen.classes)}"
         )
-    wanted = np.array([place[name] for name in test.classes])[test.labels]
+    if test.multi_label != (chosen.kind == "sigmoid"):
+        raise FastconError(
+            f"head {head!r} is a {chosen.kind} head, and the test images have "
+            f"{'several labels each' if test.multi_label else 'one class each'}"
+        )
+    own = np.array([place[name] for name in test.classes])
     model.on(settings.device).eval()
-    found = features.logits(model, test.manifest, test.indices, settings)[:, columns].argmax(1)
-    return float((found == wanted).mean())
+    found = features.logits(model, test.manifest, test.indices, settings)[:, columns]
+    if test.multi_label:
+        return float(((found[:, own] > 0) == test.labels).mean())
+    return float((found.argmax(1) == own[test.labels]).mean())
+
+
+def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
 
 
 def _copy(start: Classifier, head: Head, seed: int) -> Classifier:

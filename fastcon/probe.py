@@ -71,8 +71,10 @@ def few_shot(
 ) -> Result:
     """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
 
-    features [n, D], labels [n] and test_features [m, D], test_labels [m]: arrays; labels count from 0. shots: images a
-    class (all of a smaller class); None: all images, once. ids [n]: what the draws depend on besides the seed
+    features [n, D], labels [n] and test_features [m, D], test_labels [m]: arrays; labels count from 0. Labels [n, K] of
+    zeros and ones are a multi-label task: K binary problems, the accuracy is the mean over images and labels, draws and
+    folds are random instead of stratified. shots: images a class (all of a smaller class), of a multi-label task images
+    in all; None: all images, once. ids [n]: what the draws depend on besides the seed
     (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
     (default: as many as labels occur). Raises FastconError.
     """
@@ -82,8 +84,11 @@ def few_shot(
     if solver not in CHOICES:
         raise FastconError(f"no solver {solver!r}: there are {', '.join(CHOICES)}")
     ids = np.arange(len(labels), dtype=np.uint64) if ids is None else ids
-    classes = max(classes or 0, int(max(labels.max(), test_labels.max())) + 1)
-    smallest = int(np.bincount(labels)[np.unique(labels)].min())
+    several = labels.ndim == 2
+    classes = labels.shape[1] if several else max(classes or 0, int(max(labels.max(), test_labels.max())) + 1)
+    smallest = len(labels) if several else int(np.bincount(labels)[np.unique(labels)].min())
+    if several and min(smallest, shots or smallest) < folds:
+        raise FastconError(f"{min(smallest, shots or smallest)} training images cannot be cut into {folds} folds")
     if min(smallest, shots or smallest) < folds:
         warnings.warn(
             f"the smallest class has {min(smallest, shots or smallest)} images for {folds} folds: in some folds "
@@ -96,7 +101,7 @@ def few_shot(
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
         fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes)
         cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
-        return cost, fits.gap, scores.argmax(1) == test_labels
+        return cost, fits.gap, _right(scores, test_labels)
 
     count = trials if shots is not None else 1
     accuracies, chosen, per_class, gaps = [], [], [], []
@@ -104,7 +109,7 @@ def few_shot(
         accuracies.append(float(right.mean()))
         chosen.append(cost)
         gaps.append(gap)
-        per_class.append(_by_class(right, test_labels, classes))
+        per_class.append(right.mean(0) if several else _by_class(right, test_labels, classes))
         if progress:
             progress(trial, count)
     return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist(), gaps)
@@ -124,15 +129,20 @@ def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: l
     accuracy = np.zeros((len(np.unique(fold)), len(costs)))
     for k, number in enumerate(np.unique(fold)):
         inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        if len(np.unique(labels[inside])) < 2:
+        if labels.ndim == 1 and len(np.unique(labels[inside])) < 2:
             raise FastconError(
                 "a fold of the training rows holds fewer than two classes: use fewer --folds or more --shots"
             )
         for c, scores in enumerate(fits.held_out(inside, outside, costs)):
-            accuracy[k, c] = (scores.argmax(1) == labels[outside]).mean()
+            accuracy[k, c] = _right(scores, labels[outside]).mean()
     mean = accuracy.mean(0)
     best = int(np.argmax(mean >= mean.max() - 1e-12))  # the first: ties go to the smallest C
     return costs[best], fits.test(costs[: best + 1], test)
+
+
+def _right(scores: Scores, labels: NDArray) -> NDArray[np.bool_]:
+    """Which images [m] are put into their class; of a multi-label task which labels [m, K] are told right."""
+    return (scores > 0) == labels if labels.ndim == 2 else scores.argmax(1) == labels
 
 
 def _by_class(right: NDArray[np.bool_], labels: NDArray, classes: int) -> NDArray[np.float64]:
@@ -144,7 +154,7 @@ def _by_class(right: NDArray[np.bool_], labels: NDArray, classes: int) -> NDArra
 def _checked(*arrays: NDArray) -> list[NDArray]:
     features, labels, test_features, test_labels = (np.asarray(array) for array in arrays)
     for what, x, y in (("training", features, labels), ("test", test_features, test_labels)):
-        if x.ndim != 2 or y.shape != (len(x),) or not len(x):
+        if x.ndim != 2 or y.shape[:1] != (len(x),) or y.ndim > 2 or not len(x):
             raise FastconError(f"{what} features are [n, D] with n labels and n > 0, got {x.shape} and {y.shape}")
         if not np.isfinite(x).all():
             raise FastconError(
@@ -156,6 +166,11 @@ def _checked(*arrays: NDArray) -> list[NDArray]:
         raise FastconError(
             f"training features have {features.shape[1]} columns, test features {test_features.shape[1]}"
         )
-    if len(np.unique(labels)) < 2:
+    if labels.shape[1:] != test_labels.shape[1:] or (labels.ndim == 2 and max(labels.max(), test_labels.max()) > 1):
+        raise FastconError(
+            f"labels of several classes an image are [n, K] of zeros and ones, alike in both parts: got {labels.shape} "
+            f"and {test_labels.shape}"
+        )
+    if labels.ndim == 1 and len(np.unique(labels)) < 2:
         raise FastconError("the training labels hold one class only: a probe needs at least 2")
     return [features, labels.astype(np.int64), test_features, test_labels.astype(np.int64)]

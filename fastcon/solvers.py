@@ -81,10 +81,10 @@ class Batched:
         return path
 
     def _primal(self, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
-        x, y = self._rows[rows], torch.from_numpy(self._labels)[rows]
+        x, signs = self._rows[rows], _signs(self._labels, self._classes)[:, rows]
         path: list[torch.Tensor] = []
         for cost in costs:
-            path.append(self._certified(svm.solve_primal, x, y, self._classes, cost, path[-1] if path else None))
+            path.append(self._certified(svm.solve_primal, x, signs, cost, path[-1] if path else None))
         return path
 
     def _certified(self, solve: Callable[..., tuple[torch.Tensor, torch.Tensor]], *problem: Any) -> torch.Tensor:
@@ -125,10 +125,19 @@ class Library:
 
     def _scores(self, inside: Rows, cost: float, rows: NDArray) -> Scores:
         """A class without a training row scores below every other."""
+        if self._labels.ndim == 2:
+            return np.stack([self._label(inside, label, cost, rows) for label in range(self._classes)], 1)
         values = np.asarray(self._fit(self._train[inside], self._labels[inside], cost).decision_function(rows))
         scores = np.full((len(rows), self._classes), -np.inf)
         scores[:, np.unique(self._labels[inside])] = np.stack([-values, values], 1) if values.ndim == 1 else values
         return scores
+
+    def _label(self, inside: Rows, label: int, cost: float, rows: NDArray) -> Scores:
+        """Scores [m] of one label of several; a library takes no problem whose rows are all alike."""
+        wanted = self._labels[inside, label]
+        if wanted.min() == wanted.max():
+            return np.full(len(rows), np.inf if wanted[0] else -np.inf)
+        return np.asarray(self._fit(self._train[inside], wanted, cost).decision_function(rows))
 
 
 def _sklearn(train: NDArray, labels: NDArray, cost: float) -> Any:
@@ -152,7 +161,7 @@ SOLVERS: dict[str, Callable[[NDArray, NDArray, int], Solver]] = {
     "sklearn": partial(Library, _sklearn),
     "cuml": partial(Library, _cuml),
 }
-"""Name → (train [n, D], labels [n], classes K) → Solver."""
+"""Name → (train [n, D], labels [n] or [n, K], classes K) → Solver."""
 
 
 class LinearSVM(ClassifierMixin, BaseEstimator):
@@ -197,14 +206,16 @@ def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[ND
     """Weights [K, d + 1] and duality gaps [K]."""
     rows = _tensor(x, np.float64)
     if len(x) > max(x.shape[1], GRAM_ROWS):
-        weights, gap = svm.solve_primal(rows, torch.from_numpy(labels), classes, cost)
+        weights, gap = svm.solve_primal(rows, _signs(labels, classes), cost)
         return weights.numpy(), gap.numpy()
     beta, gap = svm.solve(svm.Gram.of(rows @ rows.T + 1), _signs(labels, classes), cost)
     return torch.cat([beta @ rows, beta.sum(1, keepdim=True)], 1).numpy(), gap.numpy()
 
 
 def _signs(labels: NDArray, classes: int) -> torch.Tensor:
-    """+1 where a row is of the class, else -1: float64 [K, n]."""
+    """+1 where a row is of the class, else -1: float64 [K, n]. labels: [n], or [n, K] of zeros and ones."""
+    if labels.ndim == 2:
+        return torch.from_numpy(labels).T.double() * 2 - 1
     return torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
 
 

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastcon import views
-from fastcon.errors import FastconError
+from fastcon.errors import FastconError, UsageError
 from fastcon.manifest import Manifest
 
-SPLITS = ("none", "t", "d")
+_SPLIT = re.compile(r"none|([td])(?:([1-9]\d*)/([1-9]\d*))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some images of a manifest with labels [m] counted within `classes`."""
+    """Some images of a manifest with labels [m] counted within `classes`, or [m, C] of zeros and ones (multi-label)."""
 
     manifest: Manifest
     indices: NDArray[np.intp]
@@ -30,6 +31,11 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
 
     @property
     def digest(self) -> str:
@@ -54,17 +60,28 @@ def labelled(
     Raises FastconError where labels, classes or the test part are missing.
     """
     _require_labels(train)
+    if split != "none" and train.multi_hot.shape[1]:
+        raise FastconError(
+            f"{', '.join(train.sources)} has several labels an image: its classes cannot be split, choose groups of "
+            "labels instead (--split none)"
+        )
     classes = split_classes(train.classes, split, seed)
     if test is not None:
         _require_labels(test)
+        if bool(test.multi_hot.shape[1]) != bool(train.multi_hot.shape[1]):
+            raise FastconError("one of the training and the test images has several labels an image, the other has not")
         return of_classes(train, classes), of_classes(test, classes)
     kept, aside = hold_out(train, holdout or 0.0, seed)
     return of_classes(train, classes, kept), of_classes(train, classes, aside)
 
 
 def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
-    """The classes of the t-split or d-split: disjoint random halves by seed, keyed by name (paper, section 4.1)."""
-    if split == "none":
+    """The classes of the t-split or d-split: disjoint random halves by seed, keyed by name (paper, section 4.1).
+
+    t2/5: the second of five parts of the t-split (each 10 % of all classes, as in the paper's Fig. 3a).
+    """
+    which, part, parts = parse_split(split)
+    if which is None:
         return list(classes)
     if len(classes) < 4:
         raise FastconError(
@@ -72,18 +89,30 @@ def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
         )
     order = views.permutation(seed, _name_keys(classes), 0, views.CLASS_SPLIT)
     half = len(classes) // 2
-    chosen = set(order[:half] if split == "t" else order[half:])
+    chosen = set(np.array_split(order[:half] if which == "t" else order[half:], parts)[part - 1].tolist())
+    if len(chosen) < 2:
+        raise FastconError(f"--split {split} leaves {len(chosen)} of {len(classes)} classes, at least 2 are needed")
     return [name for k, name in enumerate(classes) if k in chosen]
+
+
+def parse_split(text: str) -> tuple[str | None, int, int]:
+    """none, t, d, or a part of one as t2/5 → ("t", "d" or None, which part, of how many). Raises UsageError."""
+    found = _SPLIT.fullmatch(text)
+    which, part, parts = (found[1], int(found[2] or 1), int(found[3] or 1)) if found else (None, 1, 0)
+    if not part <= parts:
+        raise UsageError(f"--split {text!r} is neither none, t, d nor a part of one, as t2/5")
+    return which, part, parts
 
 
 def hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """(kept, aside): `fraction` of each class aside, at least one image, though a class of one stays whole."""
-    return _set_aside(manifest.ids, manifest.labels, fraction, seed)
+    labels = np.zeros(len(manifest), np.int64) if manifest.multi_hot.shape[1] else manifest.labels
+    return _set_aside(manifest.ids, labels, fraction, seed)
 
 
 def part(subset: Subset, fraction: float, seed: int) -> tuple[Subset, Subset]:
     """Cut a subset likewise into (kept, aside)."""
-    kept, aside = _set_aside(subset.ids, subset.labels, fraction, seed)
+    kept, aside = _set_aside(subset.ids, _strata(subset.labels), fraction, seed)
     return pick(subset, kept), pick(subset, aside)
 
 
@@ -93,7 +122,9 @@ def pick(subset: Subset, positions: NDArray[np.intp]) -> Subset:
 
 
 def of_classes(manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None = None) -> Subset:
-    """The images of some classes, matched by name; `within` restricts to some of the manifest."""
+    """The images of some classes, matched by name (multi-label: all); `within` restricts to some of the manifest."""
+    if manifest.multi_hot.shape[1]:
+        return _multi_label(manifest, classes, within)
     place = {name: k for k, name in enumerate(classes)}
     renamed = np.array([place.get(name, -1) for name in manifest.classes] + [-1], dtype=np.int64)
     labels = renamed[manifest.labels]  # label -1 takes the last entry, which is -1
@@ -108,21 +139,40 @@ def of_classes(manifest: Manifest, classes: Sequence[str], within: NDArray[np.in
     return Subset(manifest, indices, labels[indices], tuple(classes))
 
 
+def _multi_label(manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None) -> Subset:
+    indices = np.arange(len(manifest)) if within is None else within
+    known = {name: k for k, name in enumerate(manifest.classes)}
+    labels = np.zeros((len(indices), len(classes)), dtype=np.int64)
+    for k, name in enumerate(classes):
+        if name in known:
+            labels[:, k] = manifest.multi_hot[indices, known[name]]
+    return Subset(manifest, indices, labels, tuple(classes))
+
+
 def draw(ids: NDArray[np.uint64], labels: NDArray[np.int64], shots: int, seed: int, trial: int) -> NDArray[np.intp]:
-    """Positions of `shots` images a class (all of a smaller class), a pure function of (seed, ids, trial)."""
-    rank = _rank_in_class(views.keys(seed, ids, trial, views.DRAW), labels)
+    """Positions of `shots` images a class (all of a smaller class), a pure function of (seed, ids, trial).
+
+    Of multi-label images [n, C]: `shots` images in all.
+    """
+    rank = _rank_in_class(views.keys(seed, ids, trial, views.DRAW), _strata(labels))
     return np.flatnonzero(rank < shots)
 
 
 def fold_of(ids: NDArray[np.uint64], labels: NDArray[np.int64], folds: int, seed: int, trial: int) -> NDArray[np.int64]:
     """Stratified fold [m] of each image: a class's images are dealt out in random order, folds in turn.
 
-    Each class starts dealing where the one before it stopped, so that folds stay equally large.
+    Each class starts dealing where the one before it stopped, so that folds stay equally large. Multi-label images
+    are dealt out as one class.
     """
-    order = np.lexsort((views.keys(seed, ids, trial, views.FOLD), labels))
+    order = np.lexsort((views.keys(seed, ids, trial, views.FOLD), _strata(labels)))
     dealt = np.empty(len(ids), dtype=np.int64)
     dealt[order] = np.arange(len(ids)) % folds
     return dealt
+
+
+def _strata(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is drawn from evenly [n]: the classes; several labels an image make no strata."""
+    return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 
 def _set_aside(
@@ -149,10 +199,6 @@ def _name_keys(names: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def _require_labels(manifest: Manifest) -> None:
-    if manifest.multi_hot.shape[1]:
-        raise FastconError(
-            f"{', '.join(manifest.sources)} has several labels an image; this command takes one class each"
-        )
     if len(manifest.classes) < 2:
         raise FastconError(
             f"{', '.join(manifest.sources)} holds {len(manifest.classes)} class(es), at least 2 are needed: "

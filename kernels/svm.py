@@ -238,16 +238,16 @@ def _factored_steps(matrix: Tensor, ridge: float, support: Tensor, right: Tensor
     return out
 
 
-def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, start: Tensor | None = None) -> Primal:
+def solve_primal(features: Tensor, signs: Tensor, cost: float, start: Tensor | None = None) -> Primal:
     """Solve the same problems in the primal, for more rows than features: truncated Newton, all classes together.
 
-    features: [n, d] float32 or float64 (a constant column is added inside for the intercept). labels: int64 [n].
-    start: weights [K, d + 1] of a nearby C. Memory beyond the features: a few matrices [n, K] and [K, d + 1].
-    Raises NotConverged where a duality gap stays above 1e-4.
+    features: [n, d] float32 or float64 (a constant column is added inside for the intercept). signs: [K, n] of -1 and
+    +1. start: weights [K, d + 1] of a nearby C. The weights are float64 where float32 did not suffice. Memory beyond the
+    features: a few matrices [n, K] and [K, d + 1]. Raises NotConverged where a duality gap stays above 1e-4.
     """
     n, d = features.shape
-    signs = torch.where(labels[:, None] == torch.arange(classes, device=labels.device), 1.0, -1.0).to(features.dtype)
-    weights = features.new_zeros(classes, d + 1) if start is None else start.clone()
+    signs = signs.T.to(features.dtype)
+    weights = features.new_zeros(signs.shape[1], d + 1) if start is None else start.to(features.dtype, copy=True)
     basis = _leading(features)
     leading, norms = _scores(features, basis), features.square().sum(1) + 1
     scores = _scores(features, weights)
@@ -266,8 +266,7 @@ def solve_primal(features: Tensor, labels: Tensor, classes: int, cost: float, st
         length = _best_length(weights, scores, step, step_scores, signs, cost)
         weights, scores = weights + length[:, None] * step, scores + length * step_scores
     if features.dtype == torch.float32:  # what is left is float32's own error: finish in float64
-        finished = solve_primal(features.double(), labels, classes, cost, weights.double())
-        return Primal(finished.weights.float(), finished.gap)
+        return solve_primal(features.double(), signs.T, cost, weights)
     worst = int(gap.argmax())
     raise NotConverged(
         f"class {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n}, d = {d})"

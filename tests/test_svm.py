@@ -98,7 +98,7 @@ def test_the_primal_reaches_the_same_optimum(shape, dtype):
     x, y, gram, signs = problem(*shape)
     weights = None
     for cost in (1e-3, 1e-1, 10.0):
-        weights, gap = svm.solve_primal(torch.from_numpy(x).to(dtype), torch.from_numpy(y), shape[0], cost, weights)
+        weights, gap = svm.solve_primal(torch.from_numpy(x).to(dtype), signs, cost, weights)
         scores = weights.double() @ torch.from_numpy(np.c_[x, np.ones(len(x))]).T
         slack = (1 - signs * scores).clamp_min(0)
         ours = 0.5 * weights.double().square().sum(1) + cost * slack.square().sum(1)
