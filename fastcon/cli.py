@@ -104,6 +104,13 @@ def _writable(ctx: click.Context, param: click.Parameter, path: str | None) -> s
     return path
 
 
+def _checked_split(ctx: click.Context, param: click.Parameter, text: str) -> str:
+    from fastcon.splits import parse_split
+
+    parse_split(text)
+    return text
+
+
 _common = _options(
     _option(
         "--config",
@@ -136,6 +143,18 @@ _data = _options(
         help="Instead of --test: this share of every class is kept aside as the test part.",
     ),
 )
+
+
+def _split(default: str) -> Callable:
+    return _option(
+        "--split",
+        metavar="none|t|d",
+        default=default,
+        callback=_checked_split,
+        help="All classes, one random half (t or d), or a part of one (t2/5).",
+    )
+
+
 _split_seed = _option("--split-seed", type=click.IntRange(0), default=0, help="Seed of hold-out and class split.")
 _dry_run = _option("--dry-run", is_flag=True, help="Print what would be done and what it would cost.")
 _SEED = {"type": click.IntRange(0, 2**64 - 1), "default": 0}
@@ -417,11 +436,16 @@ def train(
 @main.command()
 @click.argument("backbones", nargs=-1, required=True)
 @_data
-@_option("--split", type=click.Choice(["none", "t", "d"]), default="none", help="All classes, or one random half.")
+@_split(default="none")
 @_split_seed
-@_option("--shots", type=click.IntRange(1), default=5, help="Training images a class in each trial.")
+@_option(
+    "--shots",
+    type=click.IntRange(1),
+    default=None,
+    help="Training images a class in each trial, by default 5; of a multi-label task images in all, by default 1000.",
+)
 @_option("--full", is_flag=True, help="Train once on all images instead.")
-@_option("--trials", type=click.IntRange(1), default=50, help="Draws of training images.")
+@_option("--trials", type=click.IntRange(1), default=None, help="Draws of training images (default: 50).")
 @_option("--folds", type=click.IntRange(2), default=5, help="Cross-validation folds that choose C.")
 @_option("--c-grid", default="0.001,0.01,0.1,1,10,100,1000", help="Values of C.")
 @_option(
@@ -444,9 +468,9 @@ def probe(
     holdout: float | None,
     split: str,
     split_seed: int,
-    shots: int,
+    shots: int | None,
     full: bool,
-    trials: int,
+    trials: int | None,
     folds: int,
     c_grid: str,
     solver: str,
@@ -474,11 +498,15 @@ def probe(
     from fastcon.precompute import Settings
     from fastcon.run import origin
 
+    if full and (shots is not None or trials is not None):
+        raise UsageError("--full trains once on all images: leave out --shots and --trials")
     grid = _floats(c_grid, "--c-grid")
     chosen = models.choose_device(device)
     used = models.choose_precision(precision, chosen, training=False)
     settings = Settings(batch_size, chosen, loader, threads, used)
     train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
+    per_trial = None if full else shots or (stage.MULTI_LABEL_SHOTS if train_set.multi_label else stage.SHOTS)
+    count = 1 if full else trials or stage.TRIALS
     loaded = [models.load(spec) for spec in backbones]
     side = size or _common_size(backbones, [model.size for model in loaded])
     _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images, {side} px")
@@ -497,8 +525,8 @@ def probe(
             train_set.labels,
             arrays[1],
             test_set.labels,
-            shots=None if full else shots,
-            trials=trials,
+            shots=per_trial,
+            trials=count,
             c_grid=grid,
             folds=folds,
             solver=solver,
@@ -532,14 +560,10 @@ def probe(
         {
             "command": "probe",
             "backbones": list(backbones),
-            "train": list(train_images),
-            "test": list(test_images),
-            "holdout": holdout,
-            "split": split,
-            "split_seed": split_seed,
+            **_data_record(train_images, test_images, holdout, split, split_seed),
             "seed": seed,
-            "shots": None if full else shots,
-            "trials": 1 if full else trials,
+            "shots": per_trial,
+            "trials": count,
             "folds": folds,
             "c_grid": grid,
             "solver": solver,
@@ -554,24 +578,29 @@ def probe(
     )
 
 
+_tuning = _options(
+    _option("--out", required=True, help="Folder of the run."),
+    _option("--lr-grid", default="0.001,0.01,0.1", help="Learning rates; a held-out tenth chooses."),
+    _option("--batch-size", type=click.IntRange(1), default=32, help="Images a step."),
+    _option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's)."),
+    _option(
+        "--scale",
+        type=click.FloatRange(0, 1, min_open=True),
+        nargs=2,
+        default=(0.08, 1.0),
+        help="Range of the crop's area.",
+    ),
+)
+
+
 @main.command()
 @_data
-@_option("--split", type=click.Choice(["none", "t", "d"]), default="t", help="All classes, or one random half.")
+@_split(default="t")
 @_split_seed
 @_option("--init", required=True, help="MODEL to start from.")
-@_option("--out", required=True, help="Folder of the run: a MODEL afterwards.")
-@_option("--lr-grid", default="0.001,0.01,0.1", help="Learning rates; a held-out tenth chooses.")
+@_tuning
 @_option("--epochs", type=click.IntRange(1), default=120, help="Passes over the training images.")
-@_option("--batch-size", type=click.IntRange(1), default=32, help="Images a step.")
-@_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
 @_option("--head", default="task", help="Name of the head.")
-@_option(
-    "--scale",
-    type=click.FloatRange(0, 1, min_open=True),
-    nargs=2,
-    default=(0.08, 1.0),
-    help="Range of the crop's area.",
-)
 @_option("--seed", **_SEED, help="Seed of views, order and the new head.")
 @_machine
 @_precision
@@ -600,7 +629,7 @@ def teach(
     strict: bool,
     json_file: str | None,
 ) -> None:
-    """Fine-tune a MODEL into a task-specific teacher. Running it again resumes.
+    """Fine-tune a MODEL into a task-specific teacher. Running it again resumes; the run is a MODEL.
 
     \b
     fastcon teach --train birds/ --holdout 0.5 --split t --init torchvision:resnet50@IMAGENET1K_V2 --out runs/birds
@@ -611,10 +640,8 @@ def teach(
 
     grid = _floats(lr_grid, "--lr-grid")
     chosen = models.choose_device(device)
-    used = models.choose_precision(precision, chosen, training=False)
-    settings = Settings(128, chosen, loader, threads, used)
+    settings = Settings(128, chosen, loader, threads, models.choose_precision(precision, chosen, training=False))
     train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
-    _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images")
     options = stage.Options(
         head=head,
         lr_grid=tuple(grid),
@@ -624,20 +651,113 @@ def teach(
         seed=seed,
         precision=precision,
     )
+    data = _data_record(train_images, test_images, holdout, split, split_seed)
     bar = _Bar("teach", "steps")
-    data = {
-        "train": list(train_images),
-        "test": list(test_images),
-        "holdout": holdout,
-        "split": split,
-        "split_seed": split_seed,
-    }
     result = stage.teach(init, train_set, test_set, out, options, settings, size, data, say=_note, progress=bar)
     bar.close()
     _finish(
         {"out": out, "seconds": bar.seconds, **result},
         json_file,
         f"{out}: {result['accuracy']:.2%} of {result['test_images']:,} test images (learning rate {result['lr']:g})",
+    )
+
+
+@main.command()
+@click.argument("backbone")
+@_data
+@_split(default="none")
+@_split_seed
+@_tuning
+@_option(
+    "--shots",
+    type=click.IntRange(1),
+    default=None,
+    help="Training images a class (multi-label: in all) in each trial; default: all images, once.",
+)
+@_option("--trials", type=click.IntRange(1), default=None, help="Draws of --shots (default: 5).")
+@_option("--epochs", type=click.IntRange(1), default=50, help="Passes over the training images.")
+@_option("--seed", **_SEED, help="Seed of draws, views, order and the new head.")
+@_machine
+@_precision
+@_indexing
+@_common
+def finetune(
+    backbone: str,
+    train_images: tuple[str, ...],
+    test_images: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    out: str,
+    lr_grid: str,
+    shots: int | None,
+    trials: int | None,
+    epochs: int,
+    batch_size: int,
+    size: int | None,
+    scale: tuple[float, float],
+    seed: int,
+    device: str,
+    precision: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    json_file: str | None,
+) -> None:
+    """Accuracy of a BACKBONE (a MODEL) fine-tuned on a downstream task. Running it again resumes.
+
+    \b
+    fastcon finetune runs/student --train birds/ --holdout 0.5 --split d --out runs/student-on-birds
+    fastcon finetune runs/student --train birds/ --holdout 0.5 --split d --shots 5 --out runs/student-on-few-birds
+    """
+    from fastcon import finetune as stage
+    from fastcon import models
+    from fastcon.precompute import Settings
+    from fastcon.probe import interval
+    from fastcon.run import origin
+
+    if trials is not None and shots is None:
+        raise UsageError("--trials counts draws of --shots images a class: give --shots, too")
+    grid = _floats(lr_grid, "--lr-grid")
+    chosen = models.choose_device(device)
+    settings = Settings(128, chosen, loader, threads, models.choose_precision(precision, chosen, training=False))
+    train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
+    options = stage.Options(
+        lr_grid=tuple(grid),
+        epochs=epochs,
+        batch_size=batch_size,
+        scale=scale,
+        seed=seed,
+        precision=precision,
+        milestones=stage.DOWNSTREAM,
+    )
+    count = 1 if shots is None else trials or 5
+    data = _data_record(train_images, test_images, holdout, split, split_seed)
+    bar = _Bar("finetune", "steps")
+    result = stage.finetune(
+        backbone, train_set, test_set, out, options, settings, size, data, shots, count, say=_note, progress=bar
+    )
+    bar.close()
+    ci95 = interval(result["accuracies"])
+    _finish(
+        {
+            "command": "finetune",
+            "backbone": backbone,
+            **origin(backbone),
+            **data,
+            "seed": seed,
+            "shots": shots,
+            "trials": count,
+            "epochs": epochs,
+            "lr_grid": grid,
+            "ci95": ci95,
+            "seconds": bar.seconds,
+            **result,
+        },
+        json_file,
+        f"{backbone}: {result['accuracy']:.2%} ± {ci95:.2%} ({_count(count, 'trial')}), fine-tuned on "
+        f"{result['train_images']:,} images of {result['classes']} classes",
     )
 
 
@@ -651,7 +771,7 @@ def teach(
     default=None,
     help="Only the share of every class that training kept aside.",
 )
-@_option("--split", type=click.Choice(["none", "t", "d"]), default="none", help="All classes, or one random half.")
+@_split(default="none")
 @_split_seed
 @_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
@@ -954,6 +1074,18 @@ def _labelled(
     return splits.labelled(train_set, test_set, holdout, split, split_seed)
 
 
+def _data_record(
+    train: tuple[str, ...], test: tuple[str, ...], holdout: float | None, split: str, split_seed: int
+) -> dict[str, Any]:
+    return {
+        "train": list(train),
+        "test": list(test),
+        "holdout": holdout,
+        "split": split,
+        "split_seed": split_seed,
+    }
+
+
 def _index(images: Sequence[str], trust: bool, strict: bool) -> Any:
     from fastcon.manifest import index
 
@@ -1045,6 +1177,10 @@ def _has_generalist(path: str) -> bool:
 
 def _classes(teachers: list[Any]) -> str:
     return ", ".join(f"{t.name} ({len(t.model.heads[0].classes)} classes)" for t in teachers)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size_of(path: str) -> int:

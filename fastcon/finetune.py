@@ -1,4 +1,4 @@
-"""Fine-tuning a MODEL on labelled images: how task-specific teachers are made. One loop, over random views.
+"""Fine-tuning a MODEL on labelled images: how teachers are made, and how backbones are judged. One loop, random views.
 
 In: training and test subsets, a MODEL to start from. Out: RUN/model.safetensors with the head of the task, its
 metrics, and the learning rate that a held-out part of the training set chose.
@@ -27,6 +27,7 @@ from fastcon.splits import Subset
 from fastcon.train import make_optimizer, rng_state, set_rate, set_rng
 
 RESULT = RUN_WEIGHTS[1]
+REPORT = "result.json"
 VALIDATION = 0.1
 """Share of each training class that chooses the learning rate."""
 
@@ -45,6 +46,10 @@ class Options:
     scale: tuple[float, float] = (0.08, 1.0)
     seed: int = 0
     precision: str = "auto"
+
+
+DOWNSTREAM = (0.5, 0.8)
+"""Milestones of the paper's downstream fine-tuning, in shares of its 50 epochs."""
 
 
 class Diverged(FastconError):
@@ -73,9 +78,87 @@ def teach(
     tenth trains on everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
     reports.
     """
+    options = _resolved(options, settings)
+    run = Run(out, {"command": "teach", "init": init, **_identity(train, test, size, data, options)})
+    if run.finished(RESULT):
+        say(f"{out} is finished: nothing to do")
+        return json.loads((run.path / REPORT).read_text())
+    start = _begin(run, init, size)
+    count = _counter(progress, _total_steps(train, options))
+    model, result = _tune(start, train, test, run, "", options, settings, say, count)
+    result |= {"test_images": len(test), "classes": len(train.classes)}
+    _write(run, REPORT, result)
+    run.end(RESULT, model.export(options.head))
+    return result
+
+
+def finetune(
+    backbone: str,
+    train: Subset,
+    test: Subset,
+    out: str,
+    options: Options,
+    settings: Settings,
+    size: int | None = None,
+    data: dict[str, Any] | None = None,
+    shots: int | None = None,
+    trials: int = 1,
+    say: Say = lambda line: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune `backbone` on a downstream task: on all of `train` once, or on `trials` draws of `shots` images a class.
+
+    The draws are those of the probes with the same seed, and every trial chooses its own learning rate as `teach` does.
+    Returns the mean accuracy on `test` and each trial's; on all images `out` becomes a MODEL too. Rerunning resumes.
+    """
+    options = _resolved(options, settings)
+    identity = _identity(train, test, size, data, options) | {"shots": shots, "trials": trials}
+    run = Run(out, {"command": "finetune", "init": backbone, **identity})
+    if run.finished(REPORT):
+        say(f"{out} is finished: nothing to do")
+        return json.loads((run.path / REPORT).read_text())
+    start = _begin(run, backbone, size)
+    draws = [train]
+    if shots is not None:
+        chosen = (splits.draw(train.ids, train.labels, shots, options.seed, trial) for trial in range(trials))
+        draws = [splits.pick(train, rows) for rows in chosen]
+    count = _counter(progress, sum(_total_steps(draw, options) for draw in draws))
+    found = []
+    for trial, draw in enumerate(draws):
+        name = f"trial-{trial}"
+        done = run.path / f"{name}.json"
+        if done.exists():
+            found.append(json.loads(done.read_text()))
+            count(_total_steps(draw, options))
+            continue
+        model, result = _tune(start, draw, test, run, f"{name}-", options, settings, say, count)
+        if shots is None:
+            checkpoint.write_atomically(run.path / RESULT, model.export(options.head))
+        _write(run, done.name, result)
+        run.forget_checkpoints()
+        found.append(result)
+    accuracies = [trial["accuracy"] for trial in found]
+    summary = {
+        "accuracy": float(np.mean(accuracies)),
+        "accuracies": accuracies,
+        "lr": [trial["lr"] for trial in found],
+        "train_images": len(draws[0]),
+        "test_images": len(test),
+        "classes": len(train.classes),
+    }
+    _write(run, REPORT, summary)
+    return summary
+
+
+def _resolved(options: Options, settings: Settings) -> Options:
     precision = models.choose_precision(options.precision, settings.device, training=True)
-    options = dataclasses.replace(options, precision=precision)
-    identity = {
+    return dataclasses.replace(options, precision=precision)
+
+
+def _identity(
+    train: Subset, test: Subset, size: int | None, data: dict[str, Any] | None, options: Options
+) -> dict[str, Any]:
+    return {
         "train": train.digest,
         "test": test.digest,
         "train_images": len(train),
@@ -83,52 +166,74 @@ def teach(
         "classes": list(train.classes),
         "size": size,
         "data": data,
+        **dataclasses.asdict(options),
     }
-    run = Run(out, {"command": "teach", "init": init, **identity, **dataclasses.asdict(options)})
-    if run.finished(RESULT):
-        say(f"{out} is finished: nothing to do")
-        return json.loads((run.path / "result.json").read_text())
-    start = models.load(init, size=size)
+
+
+def _begin(run: Run, spec: str, size: int | None) -> Classifier:
+    start = models.load(spec, size=size)
     start.set_size(size or start.size)
     run.begin()
-    rates = sorted(options.lr_grid)
-    tried = {}
-    total, counted = _total_steps(train, options), 0
+    return start
+
+
+def _write(run: Run, name: str, result: dict[str, Any]) -> None:
+    checkpoint.write_atomically(run.path / name, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
 
     def count(steps: int) -> None:
-        nonlocal counted
-        counted += steps
+        nonlocal done
+        done += steps
         if progress:
-            progress(counted, total)
+            progress(done, total)
 
+    return count
+
+
+def _tune(
+    start: Classifier,
+    train: Subset,
+    test: Subset,
+    run: Run,
+    prefix: str,
+    options: Options,
+    settings: Settings,
+    say: Say,
+    count: Callable[[int], None],
+) -> tuple[Classifier, dict[str, Any]]:
+    """Choose a learning rate on a held-out tenth of `train`, train on all of it: the network, and how it does."""
+    rates = sorted(options.lr_grid)
+    best, tried = rates[0], {}
     if len(rates) > 1:
         kept, aside = splits.part(train, VALIDATION, options.seed)
+        if not len(aside):
+            raise FastconError(
+                f"{len(train)} training images, one a class, leave none aside to choose among {len(rates)} learning "
+                "rates: give one (--lr-grid 0.01), or more images a class"
+            )
         for rate in rates:
             try:
-                model = fit(start, kept, rate, options, settings, run, f"lr-{rate:g}", count)
+                model = fit(start, kept, rate, options, settings, run, f"{prefix}lr-{rate:g}", count)
             except Diverged as error:
                 say(f"learning rate {rate:g} is out: {error}")
                 continue
-            tried[f"{rate:g}"] = accuracy(model, options.head, aside, settings)
-            say(f"learning rate {rate:g}: {tried[f'{rate:g}']:.1%} of the held-out tenth")
+            tried[rate] = accuracy(model, options.head, aside, settings)
+            say(f"learning rate {rate:g}: {tried[rate]:.1%} of the held-out tenth")
         if not tried:
             raise FastconError(
                 f"the loss turned NaN at every learning rate of {rates}: use another --out with lower ones"
             )
-        best = max((rate for rate in rates if f"{rate:g}" in tried), key=lambda rate: (tried[f"{rate:g}"], -rate))
-    else:
-        best = rates[0]
-    model = fit(start, train, best, options, settings, run, "final", count)
+        best = max(tried, key=lambda rate: (tried[rate], -rate))
+    model = fit(start, train, best, options, settings, run, f"{prefix}final", count)
     result = {
         "accuracy": accuracy(model, options.head, test, settings),
-        "test_images": len(test),
-        "classes": len(train.classes),
         "lr": best,
-        "tried": tried,
+        "tried": {f"{rate:g}": value for rate, value in tried.items()},
     }
-    checkpoint.write_atomically(run.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    run.end(RESULT, model.export(options.head))
-    return result
+    return model, result
 
 
 def fit(

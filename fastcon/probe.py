@@ -21,6 +21,8 @@ from fastcon.errors import FastconError
 from fastcon.solvers import SOLVERS, Scores, Solver
 from fastcon.workers import workers
 
+SHOTS, MULTI_LABEL_SHOTS, TRIALS = 5, 1000, 50
+"""The paper's protocol: images a class, images in all of a multi-label task, draws."""
 C_GRID = tuple(10.0**k for k in range(-3, 4))
 T = TypeVar("T")
 CHOICES = ("auto", *SOLVERS)
@@ -49,8 +51,15 @@ class Result:
 
     @property
     def ci95(self) -> float:
-        """Half the width of the 95 % interval of the mean: 1.96 std / sqrt(trials)."""
-        return 1.96 * self.std / math.sqrt(len(self.accuracies))
+        """Half the width of the 95 % interval of the mean: see `interval`."""
+        return interval(self.accuracies)
+
+
+def interval(accuracies: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean over trials: 1.96 std / sqrt(trials), 0 for one trial."""
+    if len(accuracies) < 2:
+        return 0.0
+    return 1.96 * float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
 
 
 def few_shot(
@@ -59,8 +68,8 @@ def few_shot(
     test_features: NDArray,
     test_labels: NDArray,
     *,
-    shots: int | None = 5,
-    trials: int = 50,
+    shots: int | None = SHOTS,
+    trials: int = TRIALS,
     c_grid: Sequence[float] = C_GRID,
     folds: int = 5,
     solver: str = "auto",

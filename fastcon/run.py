@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import time
@@ -46,6 +47,10 @@ class Run:
     def end(self, result: str, data: bytes) -> None:
         """Write the file that says the run is finished, and forget its checkpoints."""
         write_atomically(self.path / result, data)
+        self.forget_checkpoints()
+
+    def forget_checkpoints(self) -> None:
+        """Remove them, when what they led to is written."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     @property
@@ -91,13 +96,16 @@ def origin(spec: str) -> dict[str, Any]:
             "method": {"consolidate": "consolidated"}.get(config["method"], config["method"]),
             "teachers": teachers,
         }
-    if config.get("command") == "teach":
+    if config.get("command") in ("teach", "finetune"):
         return known | {"method": "teacher", "teachers": [task_name(config["data"]["train"])]}
     return known
 
 
 def task_name(sources: list[str]) -> str:
-    """What a task is called: its first source without folders and ending."""
+    """What a task is called: its first source without folders, options and ending; a data set's own name and group."""
+    named_set = re.fullmatch(r"[a-z]+:(\w+)(?:\?.*?(?:group=(\w+).*)?)?", sources[0])
+    if named_set:
+        return "-".join(part for part in named_set.groups() if part)
     parts = [part for part in sources[0].split("/") if part]
     named = [part for part in parts if part not in ("train", "val", "test")] or parts  # birds/train is birds
     return named[-1].removesuffix(".tar").removesuffix(".txt") if named else sources[0]

@@ -58,9 +58,11 @@ class Batched:
         """See Solver. Raises FastconError where an optimum is not reached."""
         here, there = torch.from_numpy(inside), torch.from_numpy(outside)
         if self._gram is None:
-            return [_linear(weights, self._rows[there]).numpy() for weights in self._primal(here, costs)]
-        across = self._gram.matrix[there][:, here]
-        return [(across @ beta.T).numpy() for beta in self._dual(self._gram[here], here, costs)]
+            scores = [_linear(weights.to(self._rows.dtype), self._rows[there]) for weights in self._primal(here, costs)]
+        else:
+            across = self._gram.matrix[there][:, here]
+            scores = [across @ beta.T for beta in self._dual(self._gram[here], here, costs)]
+        return [_decided(each.numpy(), self._labels[inside]) for each in scores]
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver. Raises FastconError where an optimum is not reached."""
@@ -71,7 +73,7 @@ class Batched:
             beta = self._dual(self._gram, everything, costs)[-1]
             weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
         across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64)
-        return _linear(weights.to(across.dtype), across).double().numpy()
+        return _decided(_linear(weights.to(across.dtype), across).double().numpy(), self._labels)
 
     def _dual(self, gram: svm.Gram, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
         signs = _signs(self._labels, self._classes)[:, rows]
@@ -126,18 +128,15 @@ class Library:
     def _scores(self, inside: Rows, cost: float, rows: NDArray) -> Scores:
         """A class without a training row scores below every other."""
         if self._labels.ndim == 2:
-            return np.stack([self._label(inside, label, cost, rows) for label in range(self._classes)], 1)
+            wanted = self._labels[inside]
+            scores = _decided(np.zeros((len(rows), self._classes)), wanted)
+            for label in np.flatnonzero(np.isfinite(scores[0])):
+                scores[:, label] = self._fit(self._train[inside], wanted[:, label], cost).decision_function(rows)
+            return scores
         values = np.asarray(self._fit(self._train[inside], self._labels[inside], cost).decision_function(rows))
         scores = np.full((len(rows), self._classes), -np.inf)
         scores[:, np.unique(self._labels[inside])] = np.stack([-values, values], 1) if values.ndim == 1 else values
         return scores
-
-    def _label(self, inside: Rows, label: int, cost: float, rows: NDArray) -> Scores:
-        """Scores [m] of one label of several; a library takes no problem whose rows are all alike."""
-        wanted = self._labels[inside, label]
-        if wanted.min() == wanted.max():
-            return np.full(len(rows), np.inf if wanted[0] else -np.inf)
-        return np.asarray(self._fit(self._train[inside], wanted, cost).decision_function(rows))
 
 
 def _sklearn(train: NDArray, labels: NDArray, cost: float) -> Any:
@@ -217,6 +216,14 @@ def _signs(labels: NDArray, classes: int) -> torch.Tensor:
     if labels.ndim == 2:
         return torch.from_numpy(labels).T.double() * 2 - 1
     return torch.where(torch.from_numpy(labels)[None] == torch.arange(classes)[:, None], 1.0, -1.0).double()
+
+
+def _decided(scores: Scores, labels: NDArray) -> Scores:
+    """Scores [m, K] where a label that all training rows have, or none has, is that for every image. labels: [n, K]."""
+    if labels.ndim == 2:
+        scores[:, labels.all(0)] = np.inf
+        scores[:, ~labels.any(0)] = -np.inf
+    return scores
 
 
 def _linear(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

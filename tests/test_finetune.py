@@ -185,3 +185,85 @@ def test_a_command_that_was_refused_may_be_corrected(parts, tmp_path):
     with pytest.raises(FastconError, match="no such weights file"):
         teach("gone.safetensors", *parts, str(tmp_path / "run"), OPTIONS, SETTINGS)
     teach(INIT, *parts, str(tmp_path / "run"), replace(OPTIONS, epochs=1), SETTINGS)
+
+
+def test_few_shots_are_the_draws_of_the_probes(parts, tmp_path, monkeypatch):
+    train, test = parts
+    seen = []
+    real = finetune.fit
+
+    def spy(start, subset, rate, options, *rest):
+        seen.append(subset.indices.tolist())
+        return real(start, subset, rate, options, *rest)
+
+    monkeypatch.setattr(finetune, "fit", spy)
+    options = replace(OPTIONS, epochs=2, seed=3)
+    result = finetune.finetune(INIT, train, test, str(tmp_path / "few"), options, SETTINGS, shots=4, trials=2)
+    drawn = [train.indices[splits.draw(train.ids, train.labels, 4, 3, trial)].tolist() for trial in range(2)]
+    assert seen == drawn
+    assert drawn[0] != drawn[1]
+    assert result["accuracy"] == pytest.approx(np.mean(result["accuracies"]))
+    assert len(result["accuracies"]) == 2
+    assert not (tmp_path / "few" / "model.safetensors").exists()
+    said: list[str] = []
+    again = finetune.finetune(
+        INIT, train, test, str(tmp_path / "few"), options, SETTINGS, shots=4, trials=2, say=said.append
+    )
+    assert again == result
+    assert "nothing to do" in said[0]
+
+
+def test_few_shots_resume_after_the_trials_that_are_done(parts, tmp_path):
+    options = replace(OPTIONS, epochs=2)
+    whole = finetune.finetune(INIT, *parts, str(tmp_path / "whole"), options, SETTINGS, shots=4, trials=3)
+    steps = []
+
+    def bomb(done, total):
+        steps.append(done)
+        if len(steps) == 4:  # two steps a trial
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        finetune.finetune(INIT, *parts, str(tmp_path / "cut"), options, SETTINGS, shots=4, trials=3, progress=bomb)
+    assert (tmp_path / "cut" / "trial-0.json").exists()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = []
+    again = finetune.finetune(
+        INIT, *parts, str(tmp_path / "cut"), options, SETTINGS, shots=4, trials=3,
+        progress=lambda done, total: resumed.append((done, total)),
+    )  # fmt: skip
+    assert again == whole
+    assert resumed[-1][0] == resumed[-1][1]
+
+
+def test_all_images_make_a_model(taught, parts, tmp_path):
+    options = replace(OPTIONS, epochs=5, milestones=finetune.DOWNSTREAM)
+    result = finetune.finetune(INIT, *parts, str(tmp_path / "run"), options, SETTINGS)
+    assert result["accuracies"] == [result["accuracy"]]
+    assert finetune.accuracy(models.load(tmp_path / "run"), "task", parts[1], SETTINGS) == result["accuracy"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics-trial-0-final.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([0.02] * 2 + [0.002] * 2 + [0.0002])
+
+
+def test_one_image_a_class_leaves_none_to_choose_with(parts, tmp_path):
+    options = replace(OPTIONS, lr_grid=(0.01, 0.1))
+    with pytest.raises(FastconError, match="leave none aside to choose among 2 learning rates"):
+        finetune.finetune(INIT, *parts, str(tmp_path / "run"), options, SETTINGS, shots=1, trials=1)
+
+
+def test_several_labels_an_image_make_a_sigmoid_head(parts, tmp_path):
+    """Labels "red", "green", "blue" by the colour's channels: learnt as three binary problems."""
+    channels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    train, test = (replace(part, labels=channels[part.labels], classes=("red", "green", "blue")) for part in parts)
+    result = teach(INIT, train, test, str(tmp_path / "run"), OPTIONS, SETTINGS)
+    model = models.load(tmp_path / "run")
+    assert model.heads[0].kind == "sigmoid"
+    told = features.logits(model, test.manifest, test.indices, SETTINGS) > 0
+    assert result["accuracy"] == pytest.approx((told == test.labels).mean())
+    assert result["accuracy"] > 0.75
+    turned = replace(test, classes=test.classes[::-1], labels=test.labels[:, ::-1])
+    assert finetune.accuracy(model, "task", turned, SETTINGS) == result["accuracy"]
+    with pytest.raises(FastconError, match="is a sigmoid head, and the test images have one class each"):
+        finetune.accuracy(
+            model, "task", replace(parts[1], classes=("red", "green", "blue", "red", "red", "red")), SETTINGS
+        )

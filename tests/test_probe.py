@@ -141,3 +141,56 @@ def test_a_fold_with_one_class_is_refused():
     x = rng(0).normal(size=(2, 8))
     with pytest.warns(UserWarning, match="smallest class"), pytest.raises(FastconError, match="fewer than two classes"):
         few_shot(x, np.array([0, 1]), x, np.array([0, 1]), folds=2, trials=1)
+
+
+@pytest.fixture(scope="module")
+def several_labels():
+    """300 + 500 images with 5 labels each told from 16 features, the last of them in no image."""
+    x = rng(1).normal(0, 1, (800, 16)).astype(np.float32)
+    y = (x @ rng(2).normal(0, 1, (16, 5)) + rng(3).normal(0, 2, (800, 5)) > 0).astype(np.int64)
+    y[:, 4] = 0
+    return x[:300], y[:300], x[300:], y[300:]
+
+
+def test_several_labels_are_a_problem_each(several_labels):
+    """One trial written out with scikit-learn: draws and folds regardless of labels, C by the mean over labels."""
+    from sklearn.svm import LinearSVC
+
+    x, y, test_x, test_y = several_labels
+    ids = np.arange(300, dtype=np.uint64)
+    grid = (1e-3, 1e-1)
+    result = few_shot(x, y, test_x, test_y, shots=60, trials=2, c_grid=grid, seed=4, ids=ids)
+    for trial in range(2):
+        rows = splits.draw(ids, y, 60, 4, trial)
+        assert len(rows) == 60
+        fold = splits.fold_of(ids[rows], y[rows], 5, 4, trial)
+        assert np.bincount(fold).tolist() == [12] * 5
+
+        def right(cost, inside, at, wanted):
+            told = np.zeros_like(wanted)
+            for k in range(4):
+                told[:, k] = LinearSVC(C=cost, tol=1e-8, max_iter=100_000).fit(*(part[inside] for part in (x, y[:, k])))\
+                    .predict(at)  # fmt: skip
+            return (told == wanted).mean()
+
+        scores = [
+            np.mean([right(cost, rows[fold != k], x[rows[fold == k]], y[rows[fold == k]]) for k in range(5)])
+            for cost in grid
+        ]
+        best = grid[int(np.argmax(np.array(scores) >= max(scores) - 1e-12))]
+        assert result.chosen_c[trial] == best
+        assert result.accuracies[trial] == pytest.approx(right(best, rows, test_x, test_y), abs=1 / 2500 + 1e-9)
+    assert result.per_class[4] == 1.0  # never there, never said to be
+    assert result.mean == pytest.approx(np.mean(result.per_class))
+    library = few_shot(x, y, test_x, test_y, shots=60, trials=2, c_grid=grid, seed=4, ids=ids, solver="sklearn")
+    assert library.accuracies == pytest.approx(result.accuracies, abs=1e-3)
+
+
+def test_several_labels_on_one_side_only_are_refused(several_labels):
+    x, y, test_x, test_y = several_labels
+    with pytest.raises(FastconError, match="alike in both parts"):
+        few_shot(x, y, test_x, test_y[:, 0])
+    with pytest.raises(FastconError, match="zeros and ones"):
+        few_shot(x, y * 2, test_x, test_y)
+    with pytest.raises(FastconError, match="4 training images cannot be cut into 5 folds"):
+        few_shot(x, y, test_x, test_y, shots=4)

@@ -24,6 +24,39 @@ def test_t_and_d_are_disjoint_halves_by_name():
     assert splits.split_classes(NAMES, "none", 3) == NAMES
 
 
+def test_parts_of_a_split_make_it_up():
+    names = [f"class {k}" for k in range(50)]
+    parts = [splits.split_classes(names, f"t{k}/5", 3) for k in range(1, 6)]
+    assert [len(part) for part in parts] == [5] * 5  # 10 % of the classes each, as in the paper
+    assert sorted(name for part in parts for name in part) == sorted(splits.split_classes(names, "t", 3))
+    with pytest.raises(FastconError, match="--split t2/5 leaves 1 of 11 classes"):
+        splits.split_classes(NAMES, "t2/5", 3)
+
+
+@pytest.mark.parametrize("text", ["x", "t/5", "t6/5", "t0/5", "none1/2", "", "t1/0"])
+def test_what_is_no_split(text):
+    with pytest.raises(FastconError, match="is neither none, t, d nor a part of one"):
+        splits.parse_split(text)
+
+
+def test_several_labels_an_image(tmp_path, labelled_folder):
+    """A list of paths with tabs: all images take part, whatever their labels; classes are matched by name."""
+    images = sorted(labelled_folder.glob("*/*.jpg"))[:20]
+    lines = [f"{path}\tred\tround" if k % 2 else f"{path}" for k, path in enumerate(images)]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    (tmp_path / "test.txt").write_text(f"{images[0]}\tblue\tred\n{images[1]}\n")
+    train, test = splits.labelled(index([tmp_path / "train.txt"]), index([tmp_path / "test.txt"]), None, "none", 0)
+    assert train.classes == test.classes == ("red", "round")
+    assert train.labels.tolist() == [[k % 2, k % 2] for k in range(20)]
+    assert test.labels.tolist() == [[1, 0], [0, 0]]
+    kept, aside = splits.labelled(index([tmp_path / "train.txt"]), None, 0.25, "none", 0)
+    assert (len(kept), len(aside)) == (15, 5)
+    with pytest.raises(FastconError, match="its classes cannot be split"):
+        splits.labelled(index([tmp_path / "train.txt"]), None, 0.25, "t", 0)
+    with pytest.raises(FastconError, match="one of the training and the test images has several labels"):
+        splits.labelled(index([tmp_path / "train.txt"]), index([labelled_folder]), None, "none", 0)
+
+
 def test_known_answer_of_a_split():
     assert splits.split_classes(NAMES, "t", 0) == KNOWN_T
 

@@ -95,7 +95,7 @@ def test_too_few_steps_are_an_error_and_not_a_result(monkeypatch):
 @pytest.mark.parametrize("shape", [(3, 40, 16), (6, 60, 30), (2, 100, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_primal_reaches_the_same_optimum(shape, dtype):
-    x, y, gram, signs = problem(*shape)
+    x, _, gram, signs = problem(*shape)
     weights = None
     for cost in (1e-3, 1e-1, 10.0):
         weights, gap = svm.solve_primal(torch.from_numpy(x).to(dtype), signs, cost, weights)
