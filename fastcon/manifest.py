@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcon import sources as image_sources
+from fastcon.datasets import has_scheme
 from fastcon.errors import FastconError
 
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}
@@ -200,7 +201,7 @@ def index(
 
 
 def _absolute(source: str) -> str:
-    return source if source.startswith("torchvision:") else os.path.abspath(os.path.expanduser(source))
+    return source if has_scheme(source) else os.path.abspath(os.path.expanduser(source))
 
 
 def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None] | None) -> Manifest:

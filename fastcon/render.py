@@ -83,6 +83,20 @@ def write_proxy(root: Path, images: int) -> None:
         make(domains[k % len(domains)], 1000 + k // 10, k).save(root / f"{k:06d}.jpg", quality=92)
 
 
+def write_pairs(root: Path, classes: range, images: int) -> None:
+    """Write images that show one or two glyphs side by side, and labels.txt: each image's path and its glyphs."""
+    root.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for k in range(images):
+        chosen = sorted(np.random.default_rng([classes.start, k, 7]).choice(np.array(classes), 2).tolist())
+        image = Image.new("RGB", (2 * SIDE, SIDE))
+        for place, number in enumerate(chosen):
+            image.paste(make("glyphs", number, k), (place * SIDE, 0))
+        image.save(root / f"{k:06d}.jpg", quality=92)
+        lines.append("\t".join([f"{k:06d}.jpg", *(f"glyph-{number:03d}" for number in dict.fromkeys(chosen))]))
+    (root / "labels.txt").write_text("\n".join(lines) + "\n")
+
+
 def write_digits(root: Path) -> None:
     """Write scikit-learn's 1,797 scanned digits to root/CLASS/NNNN.jpg, enlarged from 8 x 8."""
     from sklearn.datasets import load_digits

@@ -1,23 +1,20 @@
 """Image sources as the user names them → one listing: where each image's bytes lie, its name, its label.
 
-IMAGES is a folder, tar shards ('a-{000..005}.tar'), a text file of paths, or torchvision:NAME?option=value.
+IMAGES is a folder, tar shards ('a-{000..005}.tar'), a text file of paths, or a named data set (`datasets`).
 The listing reads directories and tar headers only; `manifest` reads the bytes.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
 import os
 import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl
 
+from fastcon import datasets
 from fastcon.errors import FastconError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
@@ -84,17 +81,17 @@ def _named(sources: Sequence[str]) -> str:
 
 
 def _stat_lines(source: str) -> Iterator[str]:
-    if source.startswith("torchvision:"):
-        pairs = _paths_and_labels(_torchvision_dataset(source))
-        if pairs is not None:
-            for file, label in pairs:
-                status = os.stat(file)
-                yield f"{file}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+    if datasets.has_scheme(source):
+        files = datasets.resolve(source)
+        if isinstance(files, datasets.Files):
+            for name, labels in files.pairs:
+                item = _ListedFile("\t".join([name, *labels]), files.root)
+                yield f"{name}\0{labels}\0{item.size}\0{item.modified}\n"
             return
-        source = str(_materialised(source))
+        source = str(files)
     for path in _expand(source):
         if path.is_dir():
-            for name, entry in _walk(path):
+            for name, entry in walk(path):
                 status = (
                     entry.stat()
                     if not entry.is_symlink() or os.path.exists(entry.path)
@@ -129,14 +126,14 @@ def _expand(source: str) -> list[Path]:
     return [path for part in middle for path in _expand(before + part + after)]
 
 
-def _walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+def walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Every file under root in a fixed order, as (name relative to root, entry); one folder's names at a time."""
     with os.scandir(root / below if below else root) as entries:
         here = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     for entry in here:
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir():
-            yield from _walk(root, name)
+            yield from walk(root, name)
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             yield name, entry
 
@@ -149,8 +146,8 @@ class _Reader:
         self.classes: dict[str, int] = {}
 
     def read(self, source: str) -> None:
-        if source.startswith("torchvision:"):
-            self._torchvision(source)
+        if datasets.has_scheme(source):
+            self._named(source)
             return
         for path in _expand(source):
             if path.is_dir():
@@ -167,7 +164,7 @@ class _Reader:
 
     def _folder(self, root: Path) -> None:
         self.listing.containers.append(str(root.resolve()))
-        for name, entry in _walk(root):
+        for name, entry in walk(root):
             label = self._label(os.path.basename(os.path.dirname(name)))
             try:
                 self.listing.add(name, -1, entry.stat().st_size, label)
@@ -203,19 +200,19 @@ class _Reader:
             else:
                 self.listing.add(item.name, -1, item.size, labels)
 
-    def _torchvision(self, source: str) -> None:
-        dataset = _torchvision_dataset(source)
-        pairs = _paths_and_labels(dataset)
-        if pairs is None:
-            self.read(str(_materialised(source)))
+    def _named(self, source: str) -> None:
+        files = datasets.resolve(source)
+        if isinstance(files, Path):
+            self.read(str(files))
             return
-        root = os.path.commonpath([os.path.dirname(str(path)) for path, _ in pairs])
-        self.listing.containers.append(root)
-        names = [str(name) for name in getattr(dataset, "classes", [])]
-        for path, label in pairs:
-            name = names[label] if label < len(names) else str(label)
-            index = self.classes.setdefault(name, len(self.classes))
-            self.listing.add(os.path.relpath(path, root), -1, os.stat(path).st_size, [index])
+        self.listing.containers.append(str(files.root))
+        self.listing.multi_label |= files.multi_label
+        for name, labels in files.pairs:
+            numbers = [self.classes.setdefault(label, len(self.classes)) for label in labels]
+            try:
+                self.listing.add(name, -1, os.stat(files.root / name).st_size, numbers)
+            except OSError as error:
+                self.listing.skipped.append((name, f"cannot be read: {error.strerror}"))
 
 
 def _settle_classes(listing: Listing, found: dict[str, int]) -> None:
@@ -225,7 +222,7 @@ def _settle_classes(listing: Listing, found: dict[str, int]) -> None:
         del listing.labels[:]
         listing.label_ends = array("q", [0]) * len(listing.label_ends)
         return
-    listing.multi_label = bool(counts - {0, 1})
+    listing.multi_label |= bool(counts - {0, 1})
     listing.classes = sorted(found)
     number = {found[name]: index for index, name in enumerate(listing.classes)}
     listing.labels = array("i", (number[label] for label in listing.labels))
@@ -251,65 +248,3 @@ def _listed_files(path: Path) -> Iterator[_ListedFile]:
                     yield _ListedFile(line.rstrip("\r\n"), path.parent)
     except UnicodeDecodeError as error:
         raise FastconError(f"{path} is neither a folder, a .tar nor a text file of paths") from error
-
-
-def _torchvision_dataset(source: str) -> Any:
-    import torchvision
-
-    name, _, query = source.removeprefix("torchvision:").partition("?")
-    factory = getattr(torchvision.datasets, name, None)
-    if factory is None:
-        raise FastconError(f"torchvision has no data set {name!r} (in {source})")
-    options = {key: _literal(value) for key, value in parse_qsl(query)}
-    try:
-        return factory(**options)
-    except Exception as error:
-        raise FastconError(
-            f"torchvision.datasets.{name} did not open with {options}: "
-            f"{' '.join(str(error).split())} (add &download=True to let it download)"
-        ) from error
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _paths_and_labels(dataset: Any) -> list[tuple[str, int]] | None:
-    """(path, label) of a torchvision data set that keeps them, in its order; None where it does not."""
-    for attribute in ("samples", "_samples"):
-        pairs = getattr(dataset, attribute, None)
-        if pairs and isinstance(pairs[0][0], str | Path) and isinstance(pairs[0][1], int):
-            return list(pairs)
-    for files, labels in (("_image_files", "_labels"), ("_images", "_labels")):
-        if hasattr(dataset, files) and isinstance(getattr(dataset, labels, None), list):
-            return list(zip(getattr(dataset, files), getattr(dataset, labels), strict=True))
-    return None
-
-
-def _materialised(source: str) -> Path:
-    """A cached tar of PNGs in class folders, for a torchvision data set that hides its files."""
-    from fastcon.manifest import cache_folder
-
-    path = cache_folder("torchvision") / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.tar"
-    if path.exists():
-        return path
-    dataset = _torchvision_dataset(source)
-    classes = [str(name) for name in getattr(dataset, "classes", [])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    with tarfile.open(partial, "w") as tar:
-        for i in range(len(dataset)):
-            image, label = dataset[i]
-            label = int(label)
-            folder = (classes[label] if label < len(classes) else str(label)).replace("/", "-")
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "PNG")
-            header = tarfile.TarInfo(f"data/{folder}/{i:07d}.png")
-            header.size = buffer.tell()
-            buffer.seek(0)
-            tar.addfile(header, buffer)
-    os.replace(partial, path)
-    return path
