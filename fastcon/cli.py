@@ -21,6 +21,10 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the 
 class _Group(click.Group):
     """Prints fastcon's errors and warnings as one line each, and nothing else of them."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)  # results say which command made them
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         shown = warnings.showwarning
         warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
@@ -155,6 +159,7 @@ def _split(default: str) -> Callable:
     )
 
 
+_task = _option("--task", default=None, help="What the task is called in reports (default: after the IMAGES).")
 _split_seed = _option("--split-seed", type=click.IntRange(0), default=0, help="Seed of hold-out and class split.")
 _dry_run = _option("--dry-run", is_flag=True, help="Print what would be done and what it would cost.")
 _SEED = {"type": click.IntRange(0, 2**64 - 1), "default": 0}
@@ -438,6 +443,7 @@ def train(
 @_data
 @_split(default="none")
 @_split_seed
+@_task
 @_option(
     "--shots",
     type=click.IntRange(1),
@@ -468,6 +474,7 @@ def probe(
     holdout: float | None,
     split: str,
     split_seed: int,
+    task: str | None,
     shots: int | None,
     full: bool,
     trials: int | None,
@@ -492,7 +499,7 @@ def probe(
     fastcon probe runs/student runs/birds --train birds/ --holdout 0.5 --split d
     fastcon probe torchvision:resnet50@IMAGENET1K_V2 --train flowers/train --test flowers/test --trials 20
     """
-    from fastcon import models
+    from fastcon import models, splits
     from fastcon import probe as stage
     from fastcon.features import features
     from fastcon.precompute import Settings
@@ -505,7 +512,7 @@ def probe(
     used = models.choose_precision(precision, chosen, training=False)
     settings = Settings(batch_size, chosen, loader, threads, used)
     train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
-    per_trial = None if full else shots or (stage.MULTI_LABEL_SHOTS if train_set.multi_label else stage.SHOTS)
+    per_trial = None if full else shots or (splits.MULTI_LABEL_SHOTS if train_set.multi_label else splits.SHOTS)
     count = 1 if full else trials or stage.TRIALS
     loaded = [models.load(spec) for spec in backbones]
     side = size or _common_size(backbones, [model.size for model in loaded])
@@ -560,7 +567,7 @@ def probe(
         {
             "command": "probe",
             "backbones": list(backbones),
-            **_data_record(train_images, test_images, holdout, split, split_seed),
+            **_data_record(train_images, test_images, holdout, split, split_seed, task),
             "seed": seed,
             "shots": per_trial,
             "trials": count,
@@ -570,6 +577,7 @@ def probe(
             "scale_features": scale_features,
             "size": side,
             "classes": len(train_set.classes),
+            "multi_label": train_set.multi_label,
             "train_images": len(train_set),
             "test_images": len(test_set),
             "results": rows,
@@ -597,6 +605,7 @@ _tuning = _options(
 @_data
 @_split(default="t")
 @_split_seed
+@_task
 @_option("--init", required=True, help="MODEL to start from.")
 @_tuning
 @_option("--epochs", type=click.IntRange(1), default=120, help="Passes over the training images.")
@@ -612,6 +621,7 @@ def teach(
     holdout: float | None,
     split: str,
     split_seed: int,
+    task: str | None,
     init: str,
     out: str,
     lr_grid: str,
@@ -651,7 +661,7 @@ def teach(
         seed=seed,
         precision=precision,
     )
-    data = _data_record(train_images, test_images, holdout, split, split_seed)
+    data = _data_record(train_images, test_images, holdout, split, split_seed, task)
     bar = _Bar("teach", "steps")
     result = stage.teach(init, train_set, test_set, out, options, settings, size, data, say=_note, progress=bar)
     bar.close()
@@ -667,6 +677,7 @@ def teach(
 @_data
 @_split(default="none")
 @_split_seed
+@_task
 @_tuning
 @_option(
     "--shots",
@@ -688,6 +699,7 @@ def finetune(
     holdout: float | None,
     split: str,
     split_seed: int,
+    task: str | None,
     out: str,
     lr_grid: str,
     shots: int | None,
@@ -733,7 +745,7 @@ def finetune(
         milestones=stage.DOWNSTREAM,
     )
     count = 1 if shots is None else trials or 5
-    data = _data_record(train_images, test_images, holdout, split, split_seed)
+    data = _data_record(train_images, test_images, holdout, split, split_seed, task)
     bar = _Bar("finetune", "steps")
     result = stage.finetune(
         backbone, train_set, test_set, out, options, settings, size, data, shots, count, say=_note, progress=bar
@@ -751,6 +763,7 @@ def finetune(
             "trials": count,
             "epochs": epochs,
             "lr_grid": grid,
+            "multi_label": train_set.multi_label,
             "ci95": ci95,
             "seconds": bar.seconds,
             **result,
@@ -773,6 +786,7 @@ def finetune(
 )
 @_split(default="none")
 @_split_seed
+@_task
 @_option("--size", type=click.IntRange(8, 4096), default=None, help="Input size (default: the MODEL's).")
 @_option("--batch-size", type=click.IntRange(1), default=128, help="Images a batch.")
 @_machine
@@ -786,6 +800,7 @@ def evaluate(
     holdout: float | None,
     split: str,
     split_seed: int,
+    task: str | None,
     size: int | None,
     batch_size: int,
     device: str,
@@ -803,7 +818,7 @@ def evaluate(
     """
     from fastcon import finetune, models, splits
     from fastcon.precompute import Settings
-    from fastcon.run import origin
+    from fastcon.run import origin, task_name
 
     chosen = models.choose_device(device)
     used = models.choose_precision(precision, chosen, training=False)
@@ -820,6 +835,7 @@ def evaluate(
             "model": model,
             **origin(model),
             "head": name,
+            "task": task or (name if name != "task" else task_name(list(test_images))),
             "accuracy": value,
             "test_images": len(test),
             "classes": len(test.classes),
@@ -1030,6 +1046,85 @@ def bench(
     _finish(rows, json_file)
 
 
+@main.command(context_settings={"ignore_unknown_options": False})
+@click.argument("file", required=False)
+@click.argument("snakemake", nargs=-1, type=click.UNPROCESSED)
+@_option("--overlay", "overlays", multiple=True, help="Study FILE whose values replace the study's (repeatable).")
+@_option(
+    "--data", "data_folder", default=None, help="Folder where each data set lies under its name (fastcon data list)."
+)
+@_option("--out", default=None, help="Folder for everything the study makes.")
+@_option("--device", default="auto", help="For the estimate of --dry-run: cpu, cuda …")
+@_option("--dry-run", is_flag=True, help="Print the commands, what they need, and what they would cost.")
+@_common
+def study(
+    file: str | None,
+    snakemake: tuple[str, ...],
+    overlays: tuple[str, ...],
+    data_folder: str | None,
+    out: str | None,
+    device: str,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Run a study FILE (TOML), or one of those that come with fastcon: all commands of an experiment, once each.
+
+    Without FILE: lists them. Running it again resumes. What follows -- goes to Snakemake, which runs the commands.
+
+    \b
+    fastcon study
+    fastcon study table4 --dry-run
+    fastcon study table4 --overlay small --out studies/small
+    fastcon study table4 --data /data --out studies/table4 -- --executor slurm --jobs 20
+    """
+    from fastcon import models
+    from fastcon import study as stage
+
+    if file is None:
+        names = stage.shipped()
+        _finish({"studies": names}, json_file, "\n".join(f"{name:10} {title}" for name, title in names.items()))
+        return
+    if not dry_run and out is None:
+        raise UsageError("a study needs --out FOLDER (or --dry-run)")
+    planned = stage.load(file, overlays, data_folder)
+    for job in planned.jobs:
+        main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:]), resilient_parsing=False)
+    if dry_run:
+        facts, text = stage.describe(planned, models.choose_device(device), _note)
+        _finish(facts, json_file, text)
+        return
+    missing = next(
+        (word for job in planned.jobs for word in job.command if word.startswith("data:") and "=DATA/" in word), ""
+    )
+    if missing:
+        raise UsageError(f"the study needs the data set {missing.partition('?')[0]}: give its folder with --data")
+    facts = stage.run(planned, str(out), snakemake, _note)
+    _finish(facts, json_file, facts["report"])
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["list"]))
+@_common
+def data(action: str, json_file: str | None) -> None:
+    """The named data sets: what they are, where a user gets them, what must lie under `root` of data:NAME?root=….
+
+    \b
+    fastcon data list
+    """
+    from fastcon.datasets import DATASETS
+
+    facts = {
+        name: {key: getattr(known, key) for key in ("title", "classes", "parts", "train", "test", "where", "files")}
+        for name, known in DATASETS.items()
+    }
+    lines = []
+    for name, known in DATASETS.items():
+        parts = ", ".join(f"{part} {count:,}" for part, count in known.parts.items())
+        lines.append(f"{name}: {known.title}; {known.classes:,} classes; images: {parts}")
+        lines += [f"    from  {known.where}", f"    files {known.files}"]
+    _finish(facts, json_file, "\n".join(lines))
+
+
 @main.command()
 @_option("--out", default="demo", help="Folder for everything it makes.")
 @_common
@@ -1075,9 +1170,17 @@ def _labelled(
 
 
 def _data_record(
-    train: tuple[str, ...], test: tuple[str, ...], holdout: float | None, split: str, split_seed: int
+    train: tuple[str, ...],
+    test: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    task: str | None,
 ) -> dict[str, Any]:
+    from fastcon.run import task_name
+
     return {
+        "task": task or task_name(list(train)),
         "train": list(train),
         "test": list(test),
         "holdout": holdout,
@@ -1138,7 +1241,20 @@ def _finish(result: Any, json_file: str | None, text: str = "") -> None:
     if json_file:
         from fastcon.checkpoint import write_atomically
 
+        if isinstance(result, dict):
+            result = result | {"argv": _made_by(click.get_current_context().find_root().obj)}
         write_atomically(Path(json_file), (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _made_by(argv: list[str]) -> list[str]:
+    """The command without its --json FILE, so that equal commands are equal wherever their results go."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--json":
+            next(words)
+        elif not word.startswith("--json="):
+            kept.append(word)
+    return kept
 
 
 def _floats(text: str, option: str) -> list[float]:

@@ -21,8 +21,8 @@ from fastcon.errors import FastconError
 from fastcon.solvers import SOLVERS, Scores, Solver
 from fastcon.workers import workers
 
-SHOTS, MULTI_LABEL_SHOTS, TRIALS = 5, 1000, 50
-"""The paper's protocol: images a class, images in all of a multi-label task, draws."""
+TRIALS = 50
+"""The paper's number of draws."""
 C_GRID = tuple(10.0**k for k in range(-3, 4))
 T = TypeVar("T")
 CHOICES = ("auto", *SOLVERS)
@@ -68,7 +68,7 @@ def few_shot(
     test_features: NDArray,
     test_labels: NDArray,
     *,
-    shots: int | None = SHOTS,
+    shots: int | None = splits.SHOTS,
     trials: int = TRIALS,
     c_grid: Sequence[float] = C_GRID,
     folds: int = 5,

@@ -97,7 +97,10 @@ def origin(spec: str) -> dict[str, Any]:
             "teachers": teachers,
         }
     if config.get("command") in ("teach", "finetune"):
-        return known | {"method": "teacher", "teachers": [task_name(config["data"]["train"])]}
+        return known | {
+            "method": "teacher",
+            "teachers": [config["data"].get("task") or task_name(config["data"]["train"])],
+        }
     return known
 
 

@@ -17,6 +17,8 @@ from fastcon import views
 from fastcon.errors import FastconError, UsageError
 from fastcon.manifest import Manifest
 
+SHOTS, MULTI_LABEL_SHOTS = 5, 1000
+"""The paper's few shots: images a class; of a multi-label task images in all."""
 _SPLIT = re.compile(r"none|([td])(?:([1-9]\d*)/([1-9]\d*))?")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastcon.errors import FastconError
-from fastcon.run import Waits, origin, task_name
+from fastcon.run import Waits, origin
+from fastcon.splits import MULTI_LABEL_SHOTS, SHOTS
 
 METHODS = ("generalist", "soft-label", "teacher", "traditional", "consolidated")
 RELATED = {"iFood": {"Food101"}, "iNaturalist": {"Flowers", "Birds"}, "CUB": {"Birds"}}
@@ -205,26 +206,37 @@ def _read_json(path: Path, results: Results) -> None:
     kind = found.get("command") if isinstance(found, dict) else None
     try:
         if kind == "probe":
-            _add_probe(path, found, results)
+            protocol = _protocol(found, "linear SVM on all images", "-shot linear SVM")
+            for row in found["results"]:
+                _add_trials(path, found, row, protocol, results)
+        elif kind == "finetune":
+            protocol = _protocol(found, "fine-tuning on all images", "-shot fine-tuning")
+            _add_trials(path, found, found, protocol, results)
         elif kind == "evaluate":
             row = _representation(found["model"], found)
-            _table(results, UPSTREAM).add(row, found["head"], Cell(100 * float(found["accuracy"])), str(path))
+            _table(results, UPSTREAM).add(row, found["task"], Cell(100 * float(found["accuracy"])), str(path))
         else:
-            raise FastconError(f"{path} is no result of probe or evaluate")
+            raise FastconError(f"{path} is no result of probe, finetune or evaluate")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise FastconError(f"{path} is no whole result of {kind} ({error!r})") from error
     results.sources.append((str(path), {k: v for k, v in found.items() if k != "results"}))
 
 
-def _add_probe(path: Path, found: dict[str, Any], results: Results) -> None:
-    protocol = "linear SVM on all images" if found["shots"] is None else f"{found['shots']}-shot linear SVM"
+def _protocol(found: dict[str, Any], full: str, few: str) -> str:
+    """What the table is called. A multi-label task of the usual 1,000 images stands among those of 5 shots."""
+    shots = found["shots"]
+    if shots is None:
+        return full
+    return f"{SHOTS if found.get('multi_label') and shots == MULTI_LABEL_SHOTS else shots}{few}"
+
+
+def _add_trials(path: Path, found: dict[str, Any], row: dict[str, Any], protocol: str, results: Results) -> None:
     how = ("train", "test", "holdout", "split", "split_seed", "seed", "shots", "trials", "train_images", "test_images")
     draws = json.dumps([found.get(key) for key in how])
-    for row in found["results"]:
-        trials = tuple(100 * float(value) for value in row["accuracies"])
-        cell = Cell(100 * float(row["accuracy"]), trials, 100 * float(row["ci95"]), draws)
-        representation = _representation(row["backbone"], row)
-        _table(results, protocol).add(representation, task_name(found["train"]), cell, str(path))
+    trials = tuple(100 * float(value) for value in row["accuracies"])
+    cell = Cell(100 * float(row["accuracy"]), trials, 100 * float(row["ci95"]), draws)
+    representation = _representation(row["backbone"], row)
+    _table(results, protocol).add(representation, found["task"], cell, str(path))
 
 
 def _representation(spec: str, facts: dict[str, Any]) -> Representation:
@@ -244,7 +256,7 @@ def _read_run(path: Path, results: Results) -> None:
             results.runs.append(Trained(path.name, config, metrics, _seconds(path)))
         else:
             found = json.loads((path / "result.json").read_text())
-            row, task = _representation(str(path), {}), task_name(config["data"]["train"])
+            row, task = _representation(str(path), {}), origin(str(path))["teachers"][0]
             _table(results, UPSTREAM).add(row, task, Cell(100 * float(found["accuracy"])), str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastconError(f"{path} is no finished run of train or teach ({error})") from error

@@ -1,0 +1,124 @@
+"""What a study would do and cost: its graph, its images, and the time they would take on this machine."""
+
+from __future__ import annotations
+
+import collections
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastcon import datasets, models
+from fastcon.errors import FastconError
+from fastcon.sources import read
+from fastcon.study.plan import Job, Study
+
+BATCH = 32
+
+
+def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Counts, images and estimated seconds of a study, and a text with its graph.
+
+    The time is of the networks alone (a step of 32 images, measured here), without decoding; images of sets that are
+    not there and have no published size are not counted, and said.
+    """
+    sizes = {name: _size(sources, share) for name, (sources, share) in study.images.items()}
+    specs = dict.fromkeys(spec for job in study.jobs for spec, _, _ in job.forward + job.trained)
+    rates = {spec: _rates(spec, study.size, device, say) for spec in specs}
+    counts = collections.Counter(job.command[0] for job in study.jobs)
+    forward = sum(_images(job.forward, sizes) for job in study.jobs)
+    trained = sum(_images(job.trained, sizes) for job in study.jobs)
+    seconds = sum(_seconds(job, sizes, rates) for job in study.jobs)
+    unknown = sorted(name for name, size in sizes.items() if size is None)
+    facts = {
+        "study": study.name,
+        "counts": dict(counts),
+        "images_forward": round(forward),
+        "images_trained": round(trained),
+        "seconds": seconds,
+        "device": str(device),
+        "unknown": unknown,
+        "jobs": [{"name": job.name, "command": list(job.command), "needs": list(job.needs)} for job in study.jobs],
+    }
+    lines = [f"{study.name}: {study.title}", ""]
+    lines += [f"{job.name}" + (f"  <-  {_few(job.needs)}" if job.needs else "") for job in study.jobs]
+    lines += ["", f"{len(study.jobs)} commands: " + ", ".join(f"{n} {command}" for command, n in counts.items())]
+    lines.append(f"images: {forward:,.0f} forward, {trained:,.0f} trained on")
+    lines += [f"not counted, as they are not there: {', '.join(unknown)}"] if unknown else []
+    for spec, (ahead, step) in rates.items():
+        lines.append(f"{spec}: {ahead:,.0f} images/s forward, {step:,.0f} images/s trained on, on {device}")
+    lines.append(f"about {_duration(seconds)} on this machine, decoding and start-up not counted")
+    return facts, "\n".join(lines)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _size(sources: list[str], share: float) -> float | None:
+    """Images of some sources: as published, as rendered, or listed where they are there."""
+    total = 0
+    for source in sources:
+        name, _, query = source.removeprefix("data:").partition("?")
+        part = re.search(r"part=([\w-]+)", query)
+        if source.startswith("data:"):
+            known = datasets.DATASETS[name]
+            total += known.parts[part[1] if part else known.train]
+        else:
+            try:
+                total += len(read([source]).size)
+            except (FastconError, OSError):
+                return None
+    return total * share
+
+
+def _images(passes: tuple[tuple[str, str, float], ...], sizes: dict[str, float | None]) -> float:
+    return sum(times * (sizes[name] or 0.0) for _, name, times in passes)
+
+
+def _seconds(job: Job, sizes: dict[str, float | None], rates: dict[str, tuple[float, float]]) -> float:
+    ahead = sum(times * (sizes[name] or 0.0) / rates[spec][0] for spec, name, times in job.forward)
+    return ahead + sum(times * (sizes[name] or 0.0) / rates[spec][1] for spec, name, times in job.trained)
+
+
+def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None]) -> tuple[float, float]:
+    """(images/s forward, images/s of a training step) of a MODEL's architecture, with random weights."""
+    architecture, _, query = spec.partition("?")
+    found = re.search(r"size=(\d+)", query)
+    side = int(found[1]) if found else size
+    model = models.load(f"{architecture.partition('@')[0]}?size={side}").on(device)
+    say(f"measuring {architecture} at {side} px on {device} …")
+    pixels = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
+    training = models.choose_precision("auto", device, training=True)
+
+    def ahead() -> None:
+        with torch.inference_mode(), models.precision_context(training, device):
+            model.eval()(pixels)
+
+    def step() -> None:
+        with models.precision_context(training, device):
+            loss = model.train()(pixels).square().mean()
+        loss.backward()
+
+    return BATCH / _time(ahead, device), BATCH / _time(step, device)
+
+
+def _time(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a call, the quickest of two after one to warm up."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,501 @@
+"""A study as the user writes it (TOML, with overlays) → the commands it comes down to, and which needs which.
+
+What can be shared is: one store for all students of a proxy, one training of each teacher, one probe command for all
+representations of a task. The keys of a study file are described in the README.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcon import datasets
+from fastcon.errors import FastconError
+from fastcon.objective import METHODS
+from fastcon.run import origin
+
+PAPER = Path(__file__).parent / "paper"
+KEYS = {
+    "": "title generalist models data teachers students evaluations options",
+    "options": "teach precompute train probe finetune evaluate",
+    "models": "model train options",
+    "data": "train test holdout union related",
+    "teachers": "data split model name",
+    "students": "teachers method proxy balance labels name options",
+    "evaluations": "command on of options",
+}
+COMMANDS = ("probe", "finetune", "evaluate")
+KINDS = ("generalist", "teachers", "students")
+Source = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command of a study. Its result is jobs/NAME.json in the study's folder, where the command is run."""
+
+    name: str
+    command: tuple[str, ...]
+    """Arguments of `fastcon`, without --json."""
+    needs: tuple[str, ...] = ()
+    """Names of jobs that must be done before."""
+    forward: tuple[tuple[str, str, float], ...] = ()
+    """(MODEL, IMAGES set, passes over a set) that are computed without gradients; for the estimate of the cost."""
+    trained: tuple[tuple[str, str, float], ...] = ()
+    """Likewise, with gradients."""
+
+    @property
+    def result(self) -> str:
+        """The file that says it is done."""
+        return f"jobs/{self.name}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study's title and its jobs, each after what it needs, and how many images its sets have where that is known."""
+
+    name: str
+    title: str
+    jobs: list[Job]
+    images: dict[str, tuple[list[str], float]]
+    """Set of images ("cars196 train") → its sources, and the share of them that takes part."""
+    size: int
+
+
+def shipped() -> dict[str, str]:
+    """Names and titles of the studies that come with fastcon."""
+    return {path.stem: _read(path).get("title", "") for path in sorted(PAPER.glob("*.toml")) if path.stem != "small"}
+
+
+def load(file: str, overlays: Sequence[str] = (), data: str | None = None) -> Study:
+    """Read a study file, or a shipped study by name; the values of `overlays` replace its own.
+
+    data: the folder where each official data set lies under its name (None: left open, as for a dry run). Raises
+    FastconError, naming the key or name at fault.
+    """
+    found = _read(_path(file))
+    for overlay in overlays:
+        found = _merged(found, _read(_path(overlay)))
+    name = "-".join([Path(file).stem, *(Path(overlay).stem for overlay in overlays)])
+    return _Planner(name, found, data).study()
+
+
+def _path(file: str) -> Path:
+    path = Path(file)
+    if not path.exists() and path.suffix == "" and (PAPER / f"{file}.toml").exists():
+        return PAPER / f"{file}.toml"
+    if not path.is_file():
+        raise FastconError(f"no study {file!r}: a TOML file, or one of {', '.join(shipped())}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FastconError(f"{path} is no study ({error})") from error
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Teacher:
+    name: str
+    data: str
+    split: str
+    model: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Student:
+    name: str
+    teachers: tuple[str, ...]
+    method: str
+    proxy: str
+    arguments: tuple[str, ...]
+    epochs: float
+
+
+class _Planner:
+    """Turns the tables of a study into jobs, checking every name on the way."""
+
+    def __init__(self, name: str, found: dict[str, Any], data: str | None) -> None:
+        self._name, self._found, self._folder = name, found, data
+        _check_keys("", found, "the study")
+        self._options = _table(found, "options")
+        _check_keys("options", self._options, "[options]")
+        self._models = {key: _table(found["models"], key) for key in _table(found, "models")}
+        for key, value in self._models.items():
+            _check_keys("models", value, f"[models.{key}]")
+        self._sets: dict[str, tuple[list[str], float]] = {}
+        self._jobs: list[Job] = []
+        self._generalist = self._model(str(found.get("generalist", "")), "generalist")
+
+    def study(self) -> Study:
+        """Everything, in an order in which it could be run."""
+        teachers = {teacher.name: teacher for teacher in self._teachers()}
+        students = list(self._students(teachers))
+        for model in dict.fromkeys([self._generalist, *(teacher.model for teacher in teachers.values())]):
+            self._train_model(model)
+        for teacher in teachers.values():
+            self._teach(teacher)
+        for proxy in dict.fromkeys(student.proxy for student in students):
+            self._precompute(proxy, [s for s in students if s.proxy == proxy], teachers)
+        for student in students:
+            self._train(student)
+        for entry in _list(self._found, "evaluations"):
+            self._evaluate(entry, teachers, students)
+        self._report(teachers)
+        names = [job.name for job in self._jobs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise FastconError(f"{self._name}: two jobs are called {twice!r}: give one a name of its own")
+        title = str(self._found.get("title", self._name))
+        return Study(self._name, title, self._jobs, self._sets, int(self._option("precompute", "size", 224)))
+
+    # names → what they stand for
+
+    def _model(self, name: str, where: str) -> str:
+        if name not in self._models:
+            raise FastconError(
+                f"{self._name}: {where} names the model {name!r}; [models] has {', '.join(self._models) or 'none'}"
+            )
+        return name
+
+    def _spec(self, model: str) -> str:
+        """The MODEL that a model's name stands for: its own run where the study trains it."""
+        return f"runs/{model}" if "train" in self._models[model] else self._init(model)
+
+    def _init(self, model: str) -> str:
+        spec = str(self._models[model]["model"])
+        path, question, options = spec.partition("?")
+        return f"{Path(path).absolute()}{question}{options}" if Path(path).exists() else spec
+
+    def _data(self, name: str) -> Source:
+        """A data set: train, test, holdout, related. The study's own, else the official one."""
+        own = _table(self._found, "data").get(name)
+        if own is not None:
+            _check_keys("data", own, f"[data.{name}]")
+            holdout = own.get("holdout")
+            if "union" in own:
+                members = [source for member in _each(own["union"]) for source in self._data(member)["train"]]
+                return {"train": members, "test": [], "holdout": holdout, "related": []}
+            return {
+                "train": _sources(own.get("train", []), f"data.{name}.train"),
+                "test": _sources(own.get("test", []), f"data.{name}.test"),
+                "holdout": holdout,
+                "related": own.get("related", RELATED.get(name, [])),
+            }
+        try:
+            known = datasets.dataset(name)
+        except FastconError:
+            raise FastconError(
+                f"{self._name}: unknown data set {name!r}: describe it in [data.{name}], or use one of "
+                f"{', '.join(datasets.DATASETS)}"
+            ) from None
+        folder = "DATA" if self._folder is None else str(Path(self._folder).expanduser().absolute())
+        root = f"{folder}/{name.partition('-')[0] if known.group else name}"
+        spec = f"data:{name}?root={root}&part="
+        test = [] if known.test is None else [spec + known.test]
+        return {
+            "train": [spec + known.train],
+            "test": test,
+            "holdout": None if test else HOLDOUT,
+            "related": RELATED.get(name, []),
+        }
+
+    def _labelled(self, name: str, split: str, test_only: bool = False) -> list[str]:
+        """Arguments that say where a task's images are and which take part; notes how many those are."""
+        data = self._data(name)
+        share = {"none": 1.0}.get(split, 0.5) / int(split.partition("/")[2] or 1)
+        held = float(data["holdout"] or 0.0)
+        self._sets[f"{name}:{split} train"] = (data["train"], share * (1 - held))
+        self._sets[f"{name}:{split} test"] = (data["test"] or data["train"], share * (held or 1.0))
+        arguments = []
+        for source in [] if test_only else data["train"]:
+            arguments += ["--train", source]
+        for source in data["test"] or (data["train"] if test_only else []):
+            arguments += ["--test", source]
+        if data["holdout"] is not None:
+            arguments += ["--holdout", f"{data['holdout']:g}"]
+        return [*arguments, "--split", split, "--task", name]
+
+    def _option(self, command: str, key: str, default: Any) -> Any:
+        return _table(self._options, command).get(key, default)
+
+    def _arguments(self, command: str, extra: dict[str, Any] | None = None) -> list[str]:
+        return _flags(_table(self._options, command) | (extra or {}))
+
+    # tables → teachers, students, jobs
+
+    def _teachers(self) -> Iterator[_Teacher]:
+        for entry in _list(self._found, "teachers"):
+            _check_keys("teachers", entry, "[[teachers]]")
+            models = entry.get("model", self._found.get("generalist"))
+            for data, split, model in itertools.product(
+                _each(entry.get("data")), _each(entry.get("split", "t")), _each(models)
+            ):
+                self._data(data)
+                _, part, parts = _parse_split(split, self._name)
+                name = data + (f"-{part}of{parts}" if parts > 1 else "")
+                name += f"-{model}" if len(_each(models)) > 1 else ""
+                yield _Teacher(entry.get("name", name), data, split, self._model(model, f"teacher {name!r}"))
+
+    def _students(self, teachers: dict[str, _Teacher]) -> Iterator[_Student]:
+        for entry in _list(self._found, "students"):
+            _check_keys("students", entry, "[[students]]")
+            lists = entry.get("teachers", [])
+            lists = [lists] if not lists or isinstance(lists[0], str) else lists
+            choices = [_each(entry.get(key)) for key in ("method", "proxy", "balance", "labels")]
+            for names, method, proxy, balance, labels in itertools.product(lists, *choices):
+                unknown = next((name for name in names if name not in teachers), None)
+                if unknown:
+                    raise FastconError(
+                        f"{self._name}: [[students]] names the teacher {unknown!r}; there are "
+                        f"{', '.join(teachers) or 'none'}"
+                    )
+                if method not in METHODS:
+                    raise FastconError(f"{self._name}: method {method!r} is none of {', '.join(METHODS)}")
+                yield self._student(entry, tuple(names), method, proxy, balance, bool(labels))
+
+    def _student(
+        self, entry: Source, teachers: tuple[str, ...], method: str, proxy: str, balance: str | None, labels: bool
+    ) -> _Student:
+        parts = [method, entry.get("name") or "+".join(teachers)]
+        parts += [str(proxy)] if len(_each(entry.get("proxy"))) > 1 else []
+        parts += [balance.replace(":", "to")] if balance else []
+        parts += ["labels"] if labels else []
+        extra = _table(entry, "options")
+        arguments = ["--method", method]
+        arguments += ["--heads", ",".join(teachers)] if teachers else []
+        arguments += ["--balance", balance] if balance else []
+        arguments += ["--labels"] if labels else []
+        arguments += self._arguments("train", extra)
+        epochs = float((_table(self._options, "train") | extra).get("epochs", 40))
+        self._data(str(proxy))
+        return _Student("-".join(p for p in parts if p), teachers, method, str(proxy), tuple(arguments), epochs)
+
+    def _add(self, name: str, command: list[str], needs: Sequence[str] = (), **cost: Any) -> None:
+        self._jobs.append(Job(name, tuple(command), tuple(dict.fromkeys(needs)), **cost))
+
+    def _train_model(self, model: str) -> None:
+        """A model that the study trains from scratch first, in place of one that is downloaded."""
+        entry = self._models[model]
+        if "model" not in entry:
+            raise FastconError(f"{self._name}: [models.{model}] says no model")
+        if "train" not in entry:
+            return
+        command = ["teach", *self._labelled(entry["train"], "none"), "--init", self._init(model)]
+        options = _table(self._options, "teach") | _table(entry, "options")
+        command += _flags(options)
+        self._add(
+            f"teach-{model}",
+            [*command, "--out", f"runs/{model}"],
+            trained=((self._init(model), f"{entry['train']}:none train", _passes(options, 120)),),
+        )
+
+    def _of_model(self, model: str) -> list[str]:
+        return [f"teach-{model}"] if "train" in self._models[model] else []
+
+    def _teach(self, teacher: _Teacher) -> None:
+        command = ["teach", *self._labelled(teacher.data, teacher.split), "--init", self._spec(teacher.model)]
+        options = _table(self._options, "teach")
+        self._add(
+            f"teach-{teacher.name}",
+            [*command, *_flags(options), "--out", f"runs/{teacher.name}"],
+            self._of_model(teacher.model),
+            trained=((self._init(teacher.model), f"{teacher.data}:{teacher.split} train", _passes(options, 120)),),
+        )
+
+    def _precompute(self, proxy: str, students: list[_Student], teachers: dict[str, _Teacher]) -> None:
+        sources = self._data(proxy)["train"]
+        self._sets[f"{proxy} proxy"] = (sources, 1.0)
+        used = list(dict.fromkeys(name for student in students for name in student.teachers))
+        views = int(self._option("precompute", "views", 4))
+        options = _table(self._options, "precompute") | {"views": views}
+        command = ["precompute", *sources, "--store", f"stores/{proxy}", *_flags(options)]
+        command += ["--generalist", f"{self._generalist}={self._spec(self._generalist)}"]
+        for name in used:
+            command += ["--teacher", f"{name}=runs/{name}"]
+        models = [self._generalist, *(teachers[name].model for name in used)]
+        self._add(
+            f"precompute-{proxy}",
+            command,
+            [*self._of_model(self._generalist), *(f"teach-{name}" for name in used)],
+            forward=tuple((self._init(model), f"{proxy} proxy", float(views)) for model in models),
+        )
+
+    def _train(self, student: _Student) -> None:
+        command = ["train", "--store", f"stores/{student.proxy}", *student.arguments, "--out", f"runs/{student.name}"]
+        cost = (self._init(self._generalist), f"{student.proxy} proxy", student.epochs)
+        self._add(f"train-{student.name}", command, [f"precompute-{student.proxy}"], trained=(cost,))
+
+    def _evaluate(self, entry: Source, teachers: dict[str, _Teacher], students: list[_Student]) -> None:
+        _check_keys("evaluations", entry, "[[evaluations]]")
+        command, chosen = entry.get("command"), self._chosen(entry, teachers, students)
+        if command not in COMMANDS:
+            raise FastconError(
+                f"{self._name}: [[evaluations]] has the command {command!r}: one of {', '.join(COMMANDS)}"
+            )
+        flags = _flags(_table(self._options, command) | _table(entry, "options"))
+        if command == "evaluate":
+            self._upstream(chosen, flags, teachers, students)
+            return
+        if not entry.get("on"):
+            raise FastconError(f"{self._name}: [[evaluations]] {command} says no tasks: on = ['cars196:d', …]")
+        for task in _each(entry["on"]):
+            name, _, split = task.partition(":")
+            split = split or "none"
+            _parse_split(split, self._name)
+            where = self._labelled(name, split)
+            suffix = f"{name}-{split.replace('/', 'of')}" if split not in ("none", "d") else name
+            if command == "probe":
+                self._probe(suffix, f"{name}:{split}", chosen, [*where, *flags])
+            else:
+                options = _table(self._options, command) | _table(entry, "options")
+                for label, spec, job in chosen:
+                    self._finetune(suffix, f"{name}:{split}", label, spec, job, [*where, *flags], options)
+
+    def _probe(self, suffix: str, task: str, chosen: list[tuple[str, str, str]], flags: list[str]) -> None:
+        backbone = self._init(self._generalist)
+        self._add(
+            f"probe-{suffix}",
+            ["probe", *(spec for _, spec, _ in chosen), *flags],
+            [job for _, _, job in chosen if job],
+            forward=tuple((backbone, f"{task} {part}", float(len(chosen))) for part in ("train", "test")),
+        )
+
+    def _finetune(
+        self, suffix: str, task: str, label: str, spec: str, job: str, flags: list[str], options: dict[str, Any]
+    ) -> None:
+        name = f"finetune-{suffix}-{label}"
+        passes = _passes(options, 50)
+        if "shots" in options:  # a draw is no set of known size: counted as a tenth of the training images
+            passes *= float(options.get("trials", 5)) / 10
+        self._add(
+            name,
+            ["finetune", spec, *flags, "--out", f"runs/{name}"],
+            [job] if job else [],
+            trained=((self._init(self._generalist), f"{task} train", passes),),
+        )
+
+    def _chosen(
+        self, entry: Source, teachers: dict[str, _Teacher], students: list[_Student]
+    ) -> list[tuple[str, str, str]]:
+        """(label, MODEL, the job that makes it or "") of the representations that an evaluation is of."""
+        job = f"teach-{self._generalist}" if self._of_model(self._generalist) else ""
+        known = {"generalist": [(self._generalist, self._spec(self._generalist), job)]}
+        known["teachers"] = [(name, f"runs/{name}", f"teach-{name}") for name in teachers]
+        known["students"] = [(s.name, f"runs/{s.name}", f"train-{s.name}") for s in students]
+        for row in known["teachers"] + known["students"]:
+            known.setdefault(row[0], [row])
+        rows = []
+        for name in _each(entry.get("of", list(KINDS))):
+            if name not in known:
+                raise FastconError(f"{self._name}: [[evaluations]] is of {name!r}: there are {', '.join(known)}")
+            rows += known[name]
+        return list(dict.fromkeys(rows))
+
+    def _upstream(
+        self,
+        chosen: list[tuple[str, str, str]],
+        flags: list[str],
+        teachers: dict[str, _Teacher],
+        students: list[_Student],
+    ) -> None:
+        heads = {student.name: student.teachers for student in students} | {name: (name,) for name in teachers}
+        for label, spec, job in chosen:
+            for teacher in heads.get(label, ()):
+                where = self._labelled(teachers[teacher].data, teachers[teacher].split, test_only=True)
+                head = "task" if label in teachers else teacher
+                task = f"{teachers[teacher].data}:{teachers[teacher].split} test"
+                self._add(
+                    f"evaluate-{label}" + (f"-{teacher}" if label not in teachers else ""),
+                    ["evaluate", spec, "--head", head, *where, *flags],
+                    [job],
+                    forward=((self._init(teachers[teacher].model), task, 1.0),),
+                )
+
+    def _report(self, teachers: dict[str, _Teacher]) -> None:
+        results = [job for job in self._jobs if job.command[0] in COMMANDS]
+        trained = [job for job in self._jobs if job.command[0] == "train"]
+        command = ["report", *(job.result for job in results), *(f"runs/{job.name[6:]}" for job in trained)]
+        if any(job.command[0] in ("probe", "finetune") for job in results):
+            command += ["--generalist", origin(self._spec(self._generalist))["name"]]
+        for teacher in teachers.values():
+            for task in [teacher.data, *self._data(teacher.data)["related"]]:
+                command += ["--related", f"{teacher.name}={task}"]
+        self._add("report", [*command, "--out", "report"], [job.name for job in results + trained])
+
+
+RELATED = {"ifood": ["food101"], "inaturalist": ["flowers", "cub"], "ifashion-category": ["ifashion-sleeve"]}
+"""Tasks that the paper counts as related to a teacher of a data set, besides the data set itself."""
+HOLDOUT = 0.5
+"""Share kept aside as the test part where a data set has no official one (the paper does not say)."""
+
+
+def _passes(options: dict[str, Any], epochs: float) -> float:
+    """Passes over the training images of a fine-tuning with its grid."""
+    grid = len(str(options.get("lr-grid", "0.001,0.01,0.1")).split(","))
+    return float(options.get("epochs", epochs)) * (1 + (0.9 * grid if grid > 1 else 0))
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """A table of options → arguments: true is a flag, a list an option of several values."""
+    arguments = []
+    for key, value in options.items():
+        if value is False:
+            continue
+        arguments.append(f"--{key}")
+        if value is not True:
+            arguments += [f"{v:g}" if isinstance(v, float) else str(v) for v in _each(value)]
+    return arguments
+
+
+def _parse_split(text: str, study: str) -> tuple[str | None, int, int]:
+    from fastcon.splits import parse_split
+
+    try:
+        return parse_split(text)
+    except FastconError as error:
+        raise FastconError(f"{study}: {str(error).removeprefix('--')}") from None
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _sources(value: Any, where: str) -> list[str]:
+    """IMAGES, absolute: commands run in the study's folder."""
+    found = _each(value)
+    if not all(isinstance(item, str) for item in found):
+        raise FastconError(f"{where} is a list of IMAGES, not {value!r}")
+    return [item if datasets.has_scheme(item) else str(Path(item).expanduser().absolute()) for item in found]
+
+
+def _table(found: dict[str, Any], key: str) -> dict[str, Any]:
+    value = found.get(key, {})
+    if not isinstance(value, dict):
+        raise FastconError(f"{key} of a study is a table, not {value!r}")
+    return value
+
+
+def _list(found: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    value = found.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise FastconError(f"{key} of a study is a list of tables: [[{key}]]")
+    return value
+
+
+def _check_keys(kind: str, found: Any, where: str) -> None:
+    known = KEYS[kind].split()
+    unknown = next((key for key in found if key not in known), None) if isinstance(found, dict) else ""
+    if unknown is not None:
+        raise FastconError(f"{where} has no key {unknown!r}: there are {', '.join(known)}")
