@@ -1,0 +1,310 @@
+"""Studies: the right commands in the right order, refusals, resuming, and small twins that run from end to end."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastcon import study
+from fastcon.cli import main
+from fastcon.errors import FastconError
+from fastcon.study import plan
+
+COUNTS = {
+    "table2": {"teach": 2, "precompute": 1, "train": 4, "evaluate": 6, "probe": 3, "report": 1},
+    "table4": {"teach": 10, "precompute": 1, "train": 21, "probe": 10, "report": 1},
+    "fig3a": {"teach": 20, "precompute": 1, "train": 12, "probe": 5, "report": 1},
+    "fig3b": {"teach": 3, "precompute": 2, "train": 4, "probe": 10, "report": 1},
+    "fig5a": {"teach": 1, "precompute": 1, "train": 3, "probe": 5, "report": 1},
+    "fig5b": {"teach": 1, "precompute": 2, "train": 4, "probe": 5, "report": 1},
+    "table5": {"teach": 4, "precompute": 1, "train": 11, "finetune": 60, "report": 1},
+    "table6": {"teach": 5, "precompute": 1, "train": 13, "finetune": 112, "report": 1},
+}
+"""Of the paper: e.g. Table 6 is 7 tasks x (generalist, soft-label, 6 teachers x 2 methods, 2 teachers themselves)."""
+MODELS = {"fig3a": 2}
+"""Models that a twin trains first, where the full study takes torchvision's weights."""
+
+
+def counts(planned):
+    return dict(collections.Counter(job.command[0] for job in planned.jobs))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_right_commands_for_each_experiment(name):
+    full = study.load(name, data="/data")
+    assert counts(full) == COUNTS[name]
+    small = study.load(name, ["small"])
+    assert counts(small) == COUNTS[name] | {"teach": COUNTS[name]["teach"] + MODELS.get(name, 1)}
+    for planned in (full, small):
+        done = set()
+        for job in planned.jobs:
+            assert set(job.needs) <= done
+            done.add(job.name)
+            main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:]))  # parses
+        assert not any("DATA" in word for job in planned.jobs for word in job.command)
+    commands = [" ".join(job.command) for job in full.jobs]
+    assert len(set(commands)) == len(commands)
+    assert all("torchvision:resnet50@IMAGENET1K_V1" in c for c in commands if c.startswith(("precompute", "probe")))
+
+
+def test_every_study_is_counted():
+    assert set(study.shipped()) == set(COUNTS)
+    assert all(study.shipped().values())
+
+
+def options(command, key):
+    return [command[k + 1] for k, word in enumerate(command) if word == key]
+
+
+def jobs(name, *overlays):
+    return {job.name: job for job in study.load(name, overlays, "/data").jobs}
+
+
+def test_protocols_of_the_paper():
+    """Splits, tasks, methods and weights, spelled out for a few commands."""
+    found = jobs("fig3a")
+    teacher = found["teach-ifood-2of5-resnet18"].command
+    assert options(teacher, "--split") == ["t2/5"]
+    assert options(teacher, "--init") == ["torchvision:resnet18@IMAGENET1K_V1"]
+    assert options(teacher, "--train") == ["data:ifood?root=/data/ifood&part=train"]
+    assert options(teacher, "--test") == ["data:ifood?root=/data/ifood&part=val"]
+    five = found["train-consolidate-ifood-x5-resnet18"].command
+    assert options(five, "--heads") == [",".join(f"ifood-{k}of5-resnet18" for k in range(1, 6))]
+    assert len(options(found["precompute-imagenet"].command, "--teacher")) == 20
+    probe = found["probe-cars196"].command
+    assert options(probe, "--split") == ["d"]
+    assert [word for word in probe if word.startswith("runs/")] == [
+        *(f"runs/{name.removeprefix('teach-')}" for name in found if name.startswith("teach-")),
+        *(f"runs/{name.removeprefix('train-')}" for name in found if name.startswith("train-")),
+    ]
+    mixed = jobs("fig3b")
+    assert [word.split("?")[0] for word in mixed["precompute-mixed"].command[1:5]] == [
+        "data:places365", "data:inaturalist", "data:logo2k", "data:imagenet",
+    ]  # fmt: skip
+    assert options(mixed["train-consolidate-x3-mixed"].command, "--epochs") == ["10"]
+    assert options(mixed["train-consolidate-x3"].command, "--epochs") == ["40"]
+    assert [options(j.command, "--balance") for n, j in jobs("fig5a").items() if n.startswith("train")] == [
+        ["1:3"], ["1:1"], ["3:1"],
+    ]  # fmt: skip
+    labels = [n for n, j in jobs("fig5b").items() if "--labels" in j.command]
+    assert labels == ["train-consolidate-cars196-places365-labels"]
+    table5 = jobs("table5")
+    assert options(table5["finetune-ifashion-sleeve-resnet50"].command, "--shots") == ["1000"]
+    assert options(table5["finetune-food101-soft-label"].command, "--shots") == ["5"]
+    assert options(table5["teach-ifashion-category"].command, "--split") == ["none"]
+    table6 = jobs("table6")
+    assert "--shots" not in table6["finetune-flowers-resnet50"].command
+    assert options(table6["finetune-flowers-resnet50"].command, "--split") == ["none"]
+    assert options(table6["finetune-aircraft-resnet50"].command, "--split") == ["d"]
+    evaluated = jobs("table2")["evaluate-consolidate-ifood-ifood"].command
+    assert options(evaluated, "--head") == ["ifood"]
+    assert options(evaluated, "--split") == ["t"]
+    related = options(jobs("table4")["report"].command, "--related")
+    assert {"ifood=ifood", "ifood=food101", "inaturalist=cub", "ifashion-category=ifashion-sleeve"} <= set(related)
+
+
+TINY = """
+title = "two commands"
+generalist = "small"
+[models.small]
+model = "torchvision:shufflenet_v2_x0_5?size=32"
+[data.shapes]
+train = "rendered:shapes?classes=0-7&images=12"
+holdout = 0.5
+[options]
+probe = { trials = 2, c-grid = "0.1" }
+[[evaluations]]
+command = "probe"
+on = "shapes:d"
+of = "generalist"
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path / "tiny.toml"
+
+
+def run(file, out, *arguments):
+    said: list[str] = []
+    facts = study.run(study.load(str(file)), str(out), arguments, said.append)
+    return facts, said
+
+
+def test_running_resuming_and_changing(tiny, tmp_path):
+    out = tmp_path / "out"
+    facts, said = run(tiny, out)
+    assert facts["ran"] == 2
+    assert said[0] == "0 of 2 commands are done"
+    assert said[1].startswith("[1/2] probe-shapes: torchvision:shufflenet_v2_x0_5?size=32: ")
+    assert (out / "report" / "index.html").stat().st_size > 1000
+    probe = json.loads((out / "jobs" / "probe-shapes.json").read_text())
+    assert (probe["task"], probe["classes"], probe["trials"]) == ("shapes", 4, 2)
+    stamp = os.stat(out / "jobs" / "probe-shapes.json").st_mtime_ns
+    assert run(tiny, out)[0]["ran"] == 0
+    (out / "jobs" / "report.json").unlink()
+    assert run(tiny, out)[0]["ran"] == 1
+    assert os.stat(out / "jobs" / "probe-shapes.json").st_mtime_ns == stamp
+    tiny.write_text(TINY.replace("trials = 2", "trials = 3"))
+    assert run(tiny, out)[0]["ran"] == 1  # the probe; the report follows, since it is older
+    assert json.loads((out / "jobs" / "probe-shapes.json").read_text())["trials"] == 3
+    made = [os.stat(out / "jobs" / f"{name}.json").st_mtime_ns for name in ("probe-shapes", "report")]
+    assert stamp < made[0] < made[1]
+    other = tmp_path / "other.toml"
+    other.write_text(TINY)
+    with pytest.raises(FastconError, match="holds the study 'tiny', this is 'other': give another --out"):
+        run(other, out)
+    foreign = probe | {"argv": ["probe", "elsewhere"]}
+    (out / "jobs" / "probe-shapes.json").write_text(json.dumps(foreign))
+    with pytest.raises(FastconError, match=r"probe-shapes\.json was not made by this study's command"):
+        run(tiny, out)
+    (out / "jobs" / "probe-shapes.json").write_text("[]")
+    with pytest.raises(FastconError, match="was not made by this study's command"):
+        run(tiny, out)
+
+
+def test_the_command_that_fails_is_named_in_one_line(tiny, tmp_path):
+    tiny.write_text(TINY.replace("classes=0-7", "classes=0-1"))
+    with pytest.raises(
+        FastconError, match=r"^probe-shapes failed: --split d halves the classes and needs at least 4"
+    ) as e:
+        run(tiny, tmp_path / "out")
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FastconError, match="holds other files and no study"):
+        run(tiny, tmp_path / "out")
+
+
+def test_a_signal_stops_the_commands_and_the_same_command_resumes(tiny, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fastcon", "study", str(tiny), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "jobs" / "probe-shapes.log").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(FastconError, match="is being run by another"):
+        run(tiny, out)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert "run the same command to resume" in process.communicate()[1]
+    assert not (out / "jobs" / "report.json").exists()
+    assert run(tiny, out)[0]["ran"] >= 1
+
+
+BAD = {
+    "data": ('on = "shapes:d"', 'on = "shape:d"', "unknown data set 'shape': describe it in \\[data.shape\\]"),
+    "split": ('on = "shapes:d"', 'on = "shapes:q"', "split 'q' is neither none, t, d"),
+    "key": ('on = "shapes:d"', 'tasks = "shapes:d"', "\\[\\[evaluations\\]\\] has no key 'tasks'"),
+    "command": ('command = "probe"', 'command = "prob"', "has the command 'prob': one of probe, finetune, evaluate"),
+    "of": ('of = "generalist"', 'of = "general"', "is of 'general': there are generalist, teachers, students"),
+    "generalist": ('generalist = "small"', 'generalist = "large"', "generalist names the model 'large'"),
+    "model": ('model = "torchvision', 'modell = "torchvision', "\\[models.small\\] has no key 'modell'"),
+    "toml": ("[models.small]", "[models.small", "is no study"),
+    "list": ("[[evaluations]]", "[evaluations]", "evaluations of a study is a list of tables"),
+    "teacher": ("[options]", "students = [{teachers=['x']}]\n[options]", "has no key 'students'"),
+    "method": (
+        "[data.shapes]",
+        '[[students]]\nmethod = "best"\nproxy = "shapes"\n[data.shapes]',
+        "method 'best' is none of",
+    ),
+    "unknown teacher": (
+        "[data.shapes]",
+        '[[students]]\nteachers = ["x"]\nmethod = "consolidate"\nproxy = "shapes"\n[data.shapes]',
+        "names the teacher 'x'; there are none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_study_is_said(tiny, case):
+    old, new, message = BAD[case]
+    assert old in TINY
+    tiny.write_text(TINY.replace(old, new))
+    with pytest.raises(FastconError, match=message) as error:
+        study.load(str(tiny))
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_that_is_not_there():
+    with pytest.raises(FastconError, match="no study 'tabel4': a TOML file, or one of fig3a"):
+        study.load("tabel4")
+
+
+def test_what_a_study_costs(tiny):
+    """96 images of 8 classes: the d-split is half of them, half of that is aside; both are seen once."""
+    facts, text = study.describe(study.load(str(tiny)), torch.device("cpu"), lambda line: None)
+    assert facts["counts"] == {"probe": 1, "report": 1}
+    assert (facts["images_forward"], facts["images_trained"], facts["unknown"]) == (48, 0, [])
+    assert "report  <-  probe-shapes" in text
+    tiny.write_text(TINY.replace('train = "rendered:shapes?classes=0-7&images=12"', 'train = "/nowhere"'))
+    assert study.describe(study.load(str(tiny)), torch.device("cpu"), lambda line: None)[0]["unknown"] == [
+        "shapes:d test",
+        "shapes:d train",
+    ]
+
+
+def test_the_cost_of_training_by_hand(tmp_path):
+    file = tmp_path / "train.toml"
+    file.write_text(
+        TINY.replace("[data.shapes]", "[data.proxy]\ntrain = 'rendered:mixed?images=100'\n[data.shapes]").replace(
+            "[options]",
+            '[options]\nteach = { epochs = 10, lr-grid = "0.1,0.2" }\nprecompute = { views = 3 }\ntrain = { epochs = 7 }',
+        )
+        + '[[teachers]]\ndata = "shapes"\n[[students]]\nteachers = ["shapes"]\nmethod = "consolidate"\nproxy = "proxy"\n'
+    )
+    facts, _ = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None)
+    assert facts["images_forward"] == 48 + 2 * 3 * 100
+    assert facts["images_trained"] == 24 * 10 * (1 + 2 * 0.9) + 7 * 100
+
+
+def shared(tmp_path, name):
+    """A twin of a study, two commands at a time."""
+    said: list[str] = []
+    planned = study.load(name, ["small"])
+    facts = study.run(planned, str(tmp_path / "out"), ["--config", "threads=1"], said.append)
+    assert facts["ran"] == len(planned.jobs)
+    assert study.run(planned, str(tmp_path / "out"), [], said.append)["ran"] == 0
+    return tmp_path / "out"
+
+
+def test_the_twin_of_figure_5a(tmp_path):
+    out = shared(tmp_path, "fig5a")
+    probe = json.loads((out / "jobs" / "probe-ifashion-sleeve.json").read_text())
+    assert (probe["multi_label"], probe["shots"], probe["classes"]) == (True, 1000, 4)
+    table = (out / "report" / "5-shot-linear-SVM.md").read_text()
+    header = table.splitlines()[0]
+    assert all(name in header for name in ("cars196", "resisc45", "ifood", "food101", "ifashion-sleeve"))
+    assert all(f"consolidate-cars196-{balance}" in table for balance in ("1to3", "1to1", "3to1"))
+    weights = [
+        json.loads((out / f"runs/consolidate-cars196-{b}/config.json").read_text())["balance"] for b in ("1to3", "3to1")
+    ]
+    assert weights == [[1, 3], [3, 1]]
+
+
+def test_the_twin_of_figure_5b(tmp_path):
+    out = shared(tmp_path, "fig5b")
+    labels = out / "runs" / "consolidate-cars196-places365-labels" / "metrics.jsonl"
+    assert "labels" in json.loads(labels.read_text().splitlines()[-1])["heads"]
+    assert sorted(os.listdir(out / "stores")) == ["imagenet", "places365"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(COUNTS) - {"fig5a", "fig5b"}))
+def test_the_twins_of_all_studies(tmp_path, name):
+    out = shared(tmp_path, name)
+    assert (out / "report" / "index.html").stat().st_size > 10_000
+    rows = plan.load(name, ["small"]).jobs
+    assert {job.name for job in rows} == {file.stem for file in (out / "jobs").glob("*.json")}
