@@ -910,6 +910,7 @@ def info(path: str, json_file: str | None) -> None:
 @_option("--generalist", default=None, help="Which representation is the generalist that others are compared with.")
 @_option("--related", multiple=True, help="TEACHER=TASK that counts as related, besides the teacher's own.")
 @_option("--threshold", type=click.FloatRange(0), default=1.5, help="Points within which the tally says ≈.")
+@_option("--title", default="fastcon report", help="Title of the page.")
 @_option("--views", default=None, help="STORE of which sample views are shown, with what the teachers say of them.")
 @_common
 def report(
@@ -918,12 +919,13 @@ def report(
     generalist: str | None,
     related: tuple[str, ...],
     threshold: float,
+    title: str,
     views: str | None,
     json_file: str | None,
 ) -> None:
     """Tables, tally and figures of RESULTS on one page, OUT/index.html.
 
-    RESULTS: JSON of probe and evaluate, RUN folders (learning curves, cost), CSV tables of accuracies in percent.
+    RESULTS: JSON of probe, finetune and evaluate, RUN folders (learning curves, cost), CSV tables of accuracies in percent.
 
     \b
     fastcon report birds.json flowers.json runs/student --out report
@@ -932,7 +934,7 @@ def report(
     """
     from fastcon.report import write_report
 
-    facts = write_report(results, out, generalist, related, threshold, views, say=click.echo)
+    facts = write_report(results, out, generalist, related, threshold, views, title, say=click.echo)
     _finish(facts, json_file, f"{out}/index.html")
 
 

@@ -16,7 +16,22 @@ from conftest import make_model, rewrite_record
 
 from fastcon.cli import main
 
-COMMANDS = ["precompute", "train", "probe", "teach", "evaluate", "verify", "info", "report", "dedup", "bench", "demo"]
+COMMANDS = [
+    "precompute",
+    "train",
+    "probe",
+    "teach",
+    "finetune",
+    "evaluate",
+    "study",
+    "data",
+    "verify",
+    "info",
+    "report",
+    "dedup",
+    "bench",
+    "demo",
+]
 
 
 def fastcon(*args, code: int = 0):

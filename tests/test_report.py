@@ -32,7 +32,7 @@ def probe(backbones: dict[str, tuple[str, list[str], list[float]]], task: str = 
          "std": 0.0, "ci95": 0.01, "accuracies": trials, "chosen_c": [1.0] * len(trials), "per_class": {}}
         for name, (method, teachers, trials) in backbones.items()
     ]  # fmt: skip
-    facts = {"command": "probe", "backbones": [f"runs/{n}" for n in backbones], "train": [f"data/{task}.tar"], "test": [],
+    facts = {"command": "probe", "task": task, "backbones": [f"runs/{n}" for n in backbones], "train": [f"data/{task}.tar"], "test": [],
              "holdout": 0.5, "split": "d", "split_seed": 0, "seed": 0, "shots": 5, "trials": 3, "folds": 5, "c_grid": [0.1, 1.0],
              "solver": "auto", "scale_features": "none", "size": 64}  # fmt: skip
     return facts | changes | {"results": rows}
@@ -95,6 +95,51 @@ def test_differences_are_paired_over_trials(tmp_path):
     assert table.title == "5-shot linear SVM"
 
 
+def finetune(name: str, method: str, trials: list[float], shots: int | None = None, **changes) -> dict:
+    """What `fastcon finetune --json` writes, of made-up trials."""
+    return {"command": "finetune", "task": "birds", "backbone": f"runs/{name}", "name": name, "method": method, "teachers": [],
+            "train": ["birds"], "seed": 0, "shots": shots, "trials": len(trials), "accuracy": float(np.mean(trials)),
+            "accuracies": trials, "ci95": 0.01} | changes  # fmt: skip
+
+
+def test_fine_tuning_makes_tables_of_its_own(tmp_path):
+    """Full and few-shot apart; draws are paired; a multi-label task of 1,000 images stands with those of 5 shots."""
+    paths = [
+        write(tmp_path / f"{k}.json", result)
+        for k, result in enumerate(
+            [
+                finetune("base", "generalist", [0.5]),
+                finetune("ours", "consolidated", [0.6]),
+                finetune("base", "generalist", [0.2, 0.4], shots=5),
+                finetune("ours", "consolidated", [0.3, 0.5], shots=5),
+                finetune("ours", "consolidated", [0.9, 0.8], shots=1000, multi_label=True, task="fashion"),
+            ]
+        )
+    ]
+    tables = read(paths).tables
+    assert list(tables) == ["fine-tuning on all images", "5-shot fine-tuning"]
+    assert tables["fine-tuning on all images"].difference("ours", "birds") == (pytest.approx(10.0), None)
+    assert tables["5-shot fine-tuning"].difference("ours", "birds") == (pytest.approx(10.0), pytest.approx(0.0))
+    assert tables["5-shot fine-tuning"].tasks == ["birds", "fashion"]
+
+
+def test_variants_of_one_method_are_left_out_of_the_tally(tmp_path):
+    rows = {"base": ("generalist", [], [0.4]), "ours": ("consolidated", ["birds"], [0.5])}
+    [table] = read([write(tmp_path / "one.json", probe(rows))]).tables.values()
+    assert [line.differences for line in tally(table, {})] == [[("birds", pytest.approx(10.0))]]
+    variants = rows | {"ours-1to3": ("consolidated", ["birds"], [0.6])}
+    [table] = read([write(tmp_path / "two.json", probe(variants))]).tables.values()
+    assert tally(table, {}) == []
+
+
+def test_the_page_says_which_command_made_a_result(tmp_path):
+    result = probe({"ours": ("consolidated", ["birds"], [0.5])}, argv=["probe", "runs/ours", "--train", "my birds"])
+    write_report([write(tmp_path / "a.json", result)], str(tmp_path / "out"), title="Birds & bees")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "fastcon probe runs/ours --train &#x27;my birds&#x27;" in page
+    assert "<h1>Birds &amp; bees</h1>" in page
+
+
 def test_the_generalist_can_be_named(tmp_path):
     result = probe({"ours": ("consolidated", ["birds"], [0.5, 0.6]), "broad": ("teacher", ["broad"], [0.4, 0.5])})
     [table] = read([write(tmp_path / "a.json", result)], generalist="broad").tables.values()
@@ -140,7 +185,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
         ("a.csv", "representation,method,Cars\nr,generalist,140\n", "line 2: '140' is no accuracy in percent"),
         ("a.csv", "representation,method,Cars\nr,magic,14\n", "line 2: method 'magic' is none of"),
         ("a.json", "{", "is no JSON result"),
-        ("a.json", '{"command": "train"}', "is no result of probe or evaluate"),
+        ("a.json", '{"command": "train"}', "is no result of probe, finetune or evaluate"),
         ("a.json", '{"command": "probe", "shots": 5, "results": [{}]}', "is no whole result of probe"),
         ("gone.json", None, "No such file"),
     ],

@@ -61,6 +61,7 @@ def curves(runs: list[Trained]) -> Any | None:
             panel.plot(*zip(*points, strict=True), _DASHES[k % 4], color=(UNRELATED, RELATED)[k % 2], label=_text(name))
         panel.set_title(_text(run.label), fontsize=10)
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel("KL at T (nats)")
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")

@@ -62,16 +62,17 @@ def write_report(
     related: Sequence[str] = (),
     threshold: float = THRESHOLD,
     views: str | None = None,
+    title: str = "fastcon report",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write OUT/index.html, and its tables (.md, .csv, .tex), figures (.svg, .png) and tally beside it; returns facts.
 
     paths: RESULTS. generalist: the label of the generalist. related: TEACHER=TASK of further related tasks. views: a
-    STORE of which sample views are shown. Raises FastconError.
+    STORE of which sample views are shown. title: the page's. Raises FastconError.
     """
     if not paths and views is None:
         raise FastconError(
-            "nothing to report: give RESULTS (JSON of probe or evaluate, RUN folders, CSV), or --views STORE"
+            "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or --views STORE"
         )
     aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
     for pair in related:
@@ -114,7 +115,7 @@ def write_report(
     if views is not None:
         sections.append(_section(f"views of {views}", shown))
     sections.append(_section("configuration and cost", *_remake(results, paths, out)))
-    write_atomically(folder / "index.html", _page("fastcon report", sections).encode(errors="replace"))
+    write_atomically(folder / "index.html", _page(title, sections).encode(errors="replace"))
     return {"out": out, "tables": list(results.tables), "tally": tallies}
 
 
@@ -228,18 +229,10 @@ def _remake(results: Results, paths: Sequence[str], out: str) -> list[str]:
 
 
 def _command(config: dict[str, Any]) -> str:
-    """The command that makes a probe's result again."""
-    if config.get("command") != "probe" or not {"backbones", "folds", "c_grid", "size", "seed"} <= set(config):
-        return ""
-    words = ["fastcon", "probe", *config["backbones"]]
-    for key in ("train", "test"):
-        words += [word for source in config[key] for word in (f"--{key}", source)]
-    words += (
-        ["--full"] if config["shots"] is None else ["--shots", str(config["shots"]), "--trials", str(config["trials"])]
-    )
-    for key in ("holdout", "split", "split_seed", "seed", "folds", "solver", "scale_features", "size"):
-        words += [] if config[key] is None else [f"--{key.replace('_', '-')}", str(config[key])]
-    return shlex.join([*words, "--c-grid", ",".join(f"{value:g}" for value in config["c_grid"])])
+    """The command that made a result, as it says itself."""
+    argv = config.get("argv")
+    known = isinstance(argv, list) and all(isinstance(word, str) for word in argv)
+    return shlex.join(["fastcon", *argv]) if known else ""  # type: ignore[misc]
 
 
 def _file_name(title: str) -> str:

@@ -27,10 +27,13 @@ class Line:
 
 def tally(table: Table, aliases: dict[str, set[str]]) -> list[Line]:
     """Mean differences over a scenario's related and over its unrelated tasks, for each pair of methods."""
-    scenarios: dict[str, dict[str, str]] = {}
+    scenarios: dict[str, dict[str, str | None]] = {}
     for row in table.rows.values():
         if row.scenario is not None:
-            scenarios.setdefault(row.scenario, {}).setdefault(row.method, row.label)
+            known = scenarios.setdefault(row.scenario, {})
+            known[row.method] = (
+                None if row.method in known else row.label
+            )  # variants of one method: none stands for all
     lines = []
     for ours, theirs in PAIRS:
         for related in (True, False):

@@ -432,6 +432,7 @@ class _Planner:
         for teacher in teachers.values():
             for task in [teacher.data, *self._data(teacher.data)["related"]]:
                 command += ["--related", f"{teacher.name}={task}"]
+        command += ["--title", str(self._found.get("title", self._name))]
         self._add("report", [*command, "--out", "report"], [job.name for job in results + trained])
 
 
