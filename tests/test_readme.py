@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import RECIPE, SETTINGS, make_model
 
-from fastcon import models
+from fastcon import models, study
 from fastcon.cli import main
 from fastcon.manifest import index
 from fastcon.precompute import Teacher, precompute
@@ -61,3 +62,19 @@ def test_every_command_in_the_readme_parses():
     for line in commands:
         words = shlex.split(line, comments=True)[1:]
         main.commands[words[0]].make_context(words[0], words[1:])
+
+
+def test_the_study_of_the_readme_is_what_it_says(tmp_path):
+    [toml] = re.findall(r"```toml\n(.*?)```", TEXT, re.S)
+    (tmp_path / "own.toml").write_text(toml)
+    planned = study.load(str(tmp_path / "own.toml"), data="/data")
+    found = collections.Counter(job.command[0] for job in planned.jobs)
+    assert found == {"teach": 2, "precompute": 1, "train": 6, "probe": 3, "report": 1}
+
+
+def test_the_table_of_experiments_counts_right():
+    rows = re.findall(r"^\|[^|]*\| `fastcon study (\w+)` \| ([^|]*) \|", TEXT, re.M)
+    assert {name for name, _ in rows} == set(study.shipped())
+    for name, text in rows:
+        found = collections.Counter(job.command[0] for job in study.load(name).jobs)
+        assert text == ", ".join(f"{count} {command}" for command, count in found.items() if command != "report")
