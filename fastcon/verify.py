@@ -51,21 +51,23 @@ def verify(
     store.check_images(manifest)
     if repair:
         _mend(store, manifest, settings)
+        if store.recipe.bake is not None:
+            _repair_shards(Store(path), manifest, settings)
+        _mend_samples(store, manifest, settings)
         store = Store(path)
     checks = [_metadata(store, restored), _images(store), _recipe(store, manifest)]
     if store.recipe.bake is not None:
-        if repair:
-            _repair_shards(store, manifest, settings)
         checks.append(_shards(store))
         if checks[-1].passed and rows:
             checks.append(_baked(store, manifest, rows, settings, seed))
     checks.append(_pixels(store, manifest, settings))
     for name in store.teachers:
         if repair:
-            places = [place for place, _ in _chunks(store, name)[0]]
-            if places:
-                _repair(store, manifest, name, places, settings)
-                store = Store(path)
+            try:
+                _repair(store, manifest, name, settings)
+            except FastconError as error:
+                checks.append(Check(f"{name}: repair", False, str(error)))
+            store = Store(path)
         whole, usable = _whole(store, name)
         checks.append(whole)
         if "weights_bytes" in store.teachers[name]:
@@ -85,12 +87,17 @@ def _mend(store: Store, manifest: Manifest, settings: Settings) -> None:
         if _fails(writer.image_columns):
             writer.repair_images(manifest)
         writer.repair_checksums()
-        if writer.record["samples_digest"] is not None and _fails(writer.samples):
-            writer.repair_samples(precompute.decode_samples(writer, manifest, settings))
         for name, teacher in writer.teachers.items():
             if "weights_bytes" in teacher and _fails(lambda name=name: writer.weights(name)):  # type: ignore[misc]
                 model = models.load(teacher["spec"], size=teacher["size"])
                 writer.repair_weights(name, model.export(model.heads[0].name))
+
+
+def _mend_samples(store: Store, manifest: Manifest, settings: Settings) -> None:
+    """The sample pixels come from the images, or from baked views: these have been mended by then."""
+    with stores.open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
+        if writer.record["samples_digest"] is not None and _fails(writer.samples):
+            writer.repair_samples(precompute.decode_samples(writer, manifest, settings))
 
 
 def _fails(read: Callable[[], object]) -> bool:
@@ -129,7 +136,10 @@ def _damaged_shards(store: Store) -> list[tuple[bake.Place, str]]:
 
 
 def _shards(store: Store) -> Check:
-    damaged, unwritten = _damaged_shards(store), bake.missing(store, store.views)
+    try:
+        damaged, unwritten = _damaged_shards(store), bake.missing(store, store.views)
+    except FastconError as error:
+        return Check("shards", False, str(error))
     total = store.views * store.chunks
     seen = f"{total - len(damaged) - len(unwritten)} of {total} shards whole"
     if unwritten:
@@ -255,10 +265,15 @@ def _as_computed(store: Store, name: str, settings: Settings) -> Settings:
 
 
 def _recompute(store: Store, manifest: Manifest, name: str, rows: int, settings: Settings, seed: int) -> Check:
+    """A sample of rows, the real way; what cannot be read or computed any more is a failed check."""
     try:
-        teacher = _teacher(store, name)
+        return _compared(store, manifest, name, rows, settings, seed)
     except FastconError as error:
         return Check(f"{name}: rows", False, str(error))
+
+
+def _compared(store: Store, manifest: Manifest, name: str, rows: int, settings: Settings, seed: int) -> Check:
+    teacher = _teacher(store, name)
     settings = _as_computed(store, name, settings)
     places = np.arange(store.views * store.rows, dtype=np.uint64)
     view_of, row_of = np.divmod(places, np.uint64(store.rows))
@@ -317,7 +332,11 @@ def _require_same_machine(store: Store, manifest: Manifest, settings: Settings, 
     precompute.check_pixels(store, manifest, settings, exact=True)
 
 
-def _repair(store: Store, manifest: Manifest, name: str, places: list[bake.Place], settings: Settings) -> None:
+def _repair(store: Store, manifest: Manifest, name: str, settings: Settings) -> None:
+    """Compute a teacher's damaged chunks again, if there are any."""
+    places = [place for place, _ in _chunks(store, name)[0]]
+    if not places:
+        return
     teacher = _teacher(store, name)
     _require_same_machine(store, manifest, settings, store.teachers[name]["device"])
     settings = _as_computed(store, name, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -21,7 +21,8 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     def begin() -> None:
         torch.set_num_threads(1)  # this thread's; PyTorch also takes it as the default of threads to come,
         torch.get_num_threads()  # and a thread looks that default up when it first asks
-        started.wait()
+        with suppress(threading.BrokenBarrierError):  # the caller is on its way out already
+            started.wait()
 
     own = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=begin)

@@ -164,3 +164,22 @@ def test_both_decoders_take_baked_views(baked):
     ours = next(iter(Loader(str(baked), batch_size=30))).pixels.float()
     theirs = next(iter(Loader(str(baked), batch_size=30, loader="torchvision"))).pixels.float()
     assert (ours - theirs).abs().mean() < 0.5
+
+
+def test_samples_and_the_shard_they_come_from_are_mended_together(copy, baked):
+    shard(copy, 0, 0).write_bytes(b"gone")
+    [samples] = (copy / "samples" / "pixels" / "c").rglob("0/0/0/0")
+    samples.write_bytes(b"gone")
+    assert not [check for check in verify(str(copy), None, 8, SETTINGS, repair=True) if not check.passed]
+    assert tree(copy) == tree(baked)
+
+
+def test_lost_checksums_of_shards_are_a_row_of_the_table(copy, baked):
+    for file in (copy / "baked" / "checksums" / "c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"x")
+    checks = verify(str(copy), None, 8, SETTINGS)
+    assert next(check.what for check in checks if not check.passed) == "shards"
+    assert len(checks) > 5
+    assert not [check for check in verify(str(copy), None, 8, SETTINGS, repair=True) if not check.passed]
+    assert tree(copy) == tree(baked)

@@ -29,3 +29,10 @@ def test_every_worker_computes_on_one_core_and_the_caller_on_all():
         assert later == [2]  # threads that start afterwards get the caller's number
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_error_at_once_leaves_no_noise(caplog):
+    for _ in range(60):
+        with pytest.raises(ValueError, match="at once"), workers(3):
+            raise ValueError("at once")
+    assert not caplog.records
