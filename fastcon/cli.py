@@ -967,6 +967,8 @@ def dedup(
     from fastcon import dedup as stage
     from fastcon.checkpoint import write_atomically
 
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     sets = [_index((source,), trust_images, strict) for source in (first, second) if source is not None]
     prints = []
     for source, manifest in zip((first, second), sets, strict=False):
@@ -980,8 +982,6 @@ def dedup(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["first", "second", "bits", "correlation"])
     writer.writerows([sets[0].name(p.first), sets[-1].name(p.second), p.bits, f"{p.correlation:.3f}"] for p in pairs)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "pairs.csv", text.getvalue().encode(errors="surrogateescape"))
     write_atomically(folder / "sheet.png", stage.contact_sheet(prints[0], prints[-1], pairs))
     images = " and ".join(f"{len(manifest):,}" for manifest in sets)

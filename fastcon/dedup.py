@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastcon.errors import FastconError
 from fastcon.manifest import Manifest
+from fastcon.pipeline import eight_bit
 
 DISTANCE = 10
 """Bits of 64 in which hashes of a candidate pair differ at most."""
@@ -61,24 +62,26 @@ def fingerprints(manifest: Manifest, threads: int | None = None, progress: Progr
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
             for start in range(0, n, 256):
                 here = range(start, min(start + 256, n))
-                for k, (own, copy) in zip(here, pool.map(_print, reader.read(list(here))), strict=True):
+                names = [manifest.name(k) for k in here]
+                for k, (own, copy) in zip(here, pool.map(_print, names, reader.read(list(here))), strict=True):
                     hashes[k], grey[k] = own, copy
                 if progress:
                     progress(here.stop, n)
-    except OSError as error:
-        raise FastconError(f"an image of {', '.join(manifest.sources)} does not decode ({error})") from error
     finally:
         reader.close()
     return Prints(hashes, grey)
 
 
-def _print(data: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:
+def _print(name: str, data: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:
     import imagehash
     from PIL import Image
 
-    file = Image.open(io.BytesIO(data.tobytes()))
-    file.draft("L", (2 * SIDE, 2 * SIDE))  # JPEGs come out small, at a fraction of the time
-    image = file.convert("L")
+    try:
+        file = Image.open(io.BytesIO(data.tobytes()))
+        file.draft("L", (2 * SIDE, 2 * SIDE))  # JPEGs come out small, at a fraction of the time
+        image = eight_bit(file).convert("L")
+    except Exception as error:
+        raise FastconError(f"image {name!r} does not decode ({error}): index it without --trust-images") from error
     width, height = image.size[0] * (1 - _MARGIN), image.size[1] * (1 - _MARGIN)
     parts = [image]
     for across, down in _PARTS:
@@ -137,13 +140,13 @@ def _candidates(
         return np.concatenate(found)
 
     jobs = [(i, j, shift) for i, j in _matches(a) for shift in (0, 16, 32, 48)]
-    pairs: set[tuple[int, int]] = set()
+    keys = np.empty(0, dtype=np.int64)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for done, found in enumerate(pool.map(quarter, jobs), 1):
-            pairs.update(map(tuple, found.tolist()))
+            keys = np.union1d(keys, found[:, 0] * len(b) + found[:, 1])
             if progress:
                 progress(done, len(jobs))
-    return sorted(pairs)
+    return [(key // len(b), key % len(b)) for key in keys.tolist()]
 
 
 def _bits(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> int:

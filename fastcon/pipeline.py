@@ -357,7 +357,13 @@ def rgb(data: bytes) -> Any:
     """Decode with Pillow to an RGB image as DALI does: stored orientation, 16-bit scaled to 8."""
     from PIL import Image
 
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
-    return image.convert("RGB")
+    return eight_bit(Image.open(io.BytesIO(data))).convert("RGB")
+
+
+def eight_bit(image: Any) -> Any:
+    """A Pillow image of 16 bits scaled to 8, where Pillow itself would clip it; others as they are."""
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))

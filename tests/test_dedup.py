@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance
 
 from fastcon import dedup, render
 from fastcon.cli import main
+from fastcon.errors import FastconError
 from fastcon.manifest import index
 
 
@@ -102,3 +103,20 @@ def test_a_hundred_thousand_against_as_many_compare_in_minutes():
     started = time.monotonic()
     assert dedup.near_duplicates(a, b) == []
     assert time.monotonic() - started < 300
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    for name, pixels in (("a/8.png", image), ("b/16.png", image.astype(np.uint16) * 257)):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(pixels).save(tmp_path / name)
+    first, second = (dedup.fingerprints(index([tmp_path / name])) for name in "ab")
+    [pair] = dedup.near_duplicates(first, second)
+    assert (pair.bits, round(pair.correlation, 6)) == (0, 1.0)
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    with pytest.raises(FastconError, match=r"image 'torn\.png' does not decode"):
+        dedup.fingerprints(index([tmp_path], trust=True))

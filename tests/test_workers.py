@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 
 from fastcon.workers import workers
