@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -254,12 +256,16 @@ def test_the_page_in_a_browser(tmp_path):
       const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
       document.title = JSON.stringify({first, order, last, wide, errors, loaded: performance.getEntriesByType('resource').length});
     </script>"""
-    (tmp_path / "out" / "check.html").write_text(page.replace("</body>", check + "</body>"))
+    own = base64.b64encode(hashlib.sha256(check[8:-9].encode()).digest()).decode()  # the page lets no other script run
+    page = page.replace("script-src ", f"script-src 'sha256-{own}' ")
+    foreign = "<script>document.body.prepend('smuggled in')</script>"
+    (tmp_path / "out" / "check.html").write_text(page.replace("</body>", foreign + check + "</body>"))
     seen = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom",
          f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/out/check.html"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    assert "smuggled in" not in seen.stdout.replace(foreign, "")
     found = json.loads(re.search(r"<title>(.*?)</title>", seen.stdout).group(1).replace("&gt;", ">"))
     assert found == {
         "first": "Cars196 (t-split) repr. consolid. old:new = 1:3", "order": "descending",
