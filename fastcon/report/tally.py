@@ -31,9 +31,8 @@ def tally(table: Table, aliases: dict[str, set[str]]) -> list[Line]:
     for row in table.rows.values():
         if row.scenario is not None:
             known = scenarios.setdefault(row.scenario, {})
-            known[row.method] = (
-                None if row.method in known else row.label
-            )  # variants of one method: none stands for all
+            twice = row.method in known  # of variants of one method none stands for all
+            known[row.method] = None if twice else row.label
     lines = []
     for ours, theirs in PAIRS:
         for related in (True, False):
