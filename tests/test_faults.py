@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -194,11 +195,68 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(tmp_path, proxy_fo
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_one_core_is_enough(tmp_path, proxy_folder, teacher_file):
-    command = [sys.executable, "-m", "fastcon", "precompute", proxy_folder, "--store", tmp_path / "s", "--views", 1,
-               "--size", 32, "--teacher", f"letters={teacher_file}"]  # fmt: skip
-    subprocess.run(["taskset", "-c", "0", *map(str, command)], check=True, capture_output=True, timeout=300)
-    assert Store(tmp_path / "s").done("letters").all()
+def mounts_work() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def in_a_mount_namespace(script: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """A shell script whose mounts nobody else sees; $fastcon is the command line."""
+    script = f"fastcon='{sys.executable} -m fastcon'\n{script}"
+    return subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.skipif(not mounts_work(), reason="needs the right to mount (root)")
+def test_a_full_tmpfs_is_one_line_and_the_same_command_resumes(tmp_path, proxy_folder, teacher_file, store_path):
+    """A disk that is really full (ENOSPC); after space is made, what comes out is what an empty disk would have got."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    precompute = (
+        f"$fastcon precompute {proxy_folder} --store {disk}/store --views 2 --size 32 --teacher l={teacher_file}"
+    )
+    train = (
+        f"$fastcon train --store {disk}/store --student {teacher_file} --method traditional --epochs 1 --out {disk}/run"
+    )
+    seen = in_a_mount_namespace(
+        f"""
+        mount -t tmpfs -o size=200k tmpfs {disk}
+        {precompute}; echo "rc $?" >&2
+        mount -o remount,size=900k {disk}
+        set -e
+        {precompute} --json {tmp_path}/precompute.json
+        set +e
+        head -c 1000000 /dev/zero > {disk}/ballast
+        {train}; echo "rc $?" >&2
+        rm {disk}/ballast; mount -o remount,size=64m {disk}
+        set -e
+        {train}
+        $fastcon verify {disk}/store
+        cp -r {disk}/run {tmp_path}/run
+        """
+    )
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stderr.count("rc 1") == 2, seen.stderr
+    assert len(re.findall("No space left on device.*: free space", seen.stderr)) == 2, seen.stderr
+    assert "Traceback" not in seen.stderr
+    assert 0 < json.loads((tmp_path / "precompute.json").read_text())["rows_computed"] <= 300
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_a_small_machine_is_enough(tmp_path, proxy_folder, teacher_file, labelled_folder):
+    """One core, 1.5 GB of memory, no /dev/shm to speak of."""
+    commands = f"""
+        run="prlimit --data=1500000000 taskset -c 0 $fastcon"
+        $run precompute {proxy_folder} --store {tmp_path}/s --views 1 --size 32 --teacher l={teacher_file}
+        $run train --store {tmp_path}/s --student {teacher_file} --method traditional --epochs 1 --out {tmp_path}/r
+        $run probe {tmp_path}/r --train {labelled_folder} --holdout 0.5 --trials 2 --json {tmp_path}/probe.json
+        """
+    if mounts_work():
+        seen = in_a_mount_namespace(f"set -e; mount -t tmpfs -o size=4k tmpfs /dev/shm; {commands}")
+    else:
+        script = f"set -e; fastcon='{sys.executable} -m fastcon'; {commands}"
+        seen = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300)
+    assert seen.returncode == 0, seen.stderr
+    assert Store(tmp_path / "s").done("l").all()
+    assert json.loads((tmp_path / "probe.json").read_text())["results"][0]["accuracies"]
 
 
 def test_broken_images_among_good_ones(tmp_path, teachers):
