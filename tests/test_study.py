@@ -102,6 +102,7 @@ def test_protocols_of_the_paper():
     assert options(table5["teach-ifashion-category"].command, "--split") == ["none"]
     table6 = jobs("table6")
     assert "--shots" not in table6["finetune-flowers-resnet50"].command
+    assert "--trials" not in jobs("table6", "small")["finetune-flowers-resnet50"].command
     assert options(table6["finetune-flowers-resnet50"].command, "--split") == ["none"]
     assert options(table6["finetune-aircraft-resnet50"].command, "--split") == ["d"]
     evaluated = jobs("table2")["evaluate-consolidate-ifood-ifood"].command

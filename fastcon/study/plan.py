@@ -344,7 +344,10 @@ class _Planner:
             raise FastconError(
                 f"{self._name}: [[evaluations]] has the command {command!r}: one of {', '.join(COMMANDS)}"
             )
-        flags = _flags(_table(self._options, command) | _table(entry, "options"))
+        options = _table(self._options, command) | _table(entry, "options")
+        if command == "finetune" and "shots" not in options:
+            options.pop("trials", None)  # they count draws, and all images are no draw
+        flags = _flags(options)
         if command == "evaluate":
             self._upstream(chosen, flags, teachers, students)
             return
@@ -359,7 +362,6 @@ class _Planner:
             if command == "probe":
                 self._probe(suffix, f"{name}:{split}", chosen, [*where, *flags])
             else:
-                options = _table(self._options, command) | _table(entry, "options")
                 for label, spec, job in chosen:
                     self._finetune(suffix, f"{name}:{split}", label, spec, job, [*where, *flags], options)
 
