@@ -14,7 +14,7 @@ from fastcon.report.results import Results, Table, Trained
 
 RELATED, UNRELATED = "#d55e00", "#0072b2"
 LONGEST = 48
-_MARKS = "os^Dv<>Ph*Xd"
+_MARKS = "os^Dv<>P*Xdp"
 _DASHES = ("-", "--", "-.", ":")
 
 
