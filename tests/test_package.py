@@ -39,7 +39,7 @@ def imported(path: Path) -> set[str]:
         ("nvidia", {"pipeline"}),
         ("triton", {"multihead_ce_triton"}),
         ("sklearn", {"solvers", "render", "bench/probe"}),
-        ("tarfile", {"sources", "bake"}),
+        ("tarfile", {"sources", "datasets", "bake"}),
     ],
 )
 def test_only_one_module_knows_a_library(library, home):
@@ -99,6 +99,7 @@ def test_wheel_and_sdist_hold_the_kernels(tmp_path):
     [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"fastcon/kernels/svm.py", "fastcon/kernels/multihead_ce.py", "fastcon/py.typed", "fastcon/cli.py"} <= names
+    assert {"fastcon/study/Snakefile", "fastcon/study/paper/table4.toml", "fastcon/study/paper/small.toml"} <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
     with tarfile.open(sdist) as tar:
         inside = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
