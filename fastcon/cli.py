@@ -15,6 +15,8 @@ import click
 from fastcon import __version__
 from fastcon.errors import FastconError, Interrupted, UsageError
 
+FEW = 10
+"""Features are computed and kept of a whole set, for every draw and split to come, unless a probe needs less than 1 in 10."""
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the same command again
 
 
@@ -517,6 +519,11 @@ def probe(
     loaded = [models.load(spec) for spec in backbones]
     side = size or _common_size(backbones, [model.size for model in loaded])
     _note(f"{len(train_set.classes)} classes, {len(train_set):,} training and {len(test_set):,} test images, {side} px")
+    train_images_in_all = len(train_set)
+    if per_trial is not None:
+        touched = splits.drawn(train_set, per_trial, seed, count)
+        train_set = splits.alone(touched) if FEW * len(touched) < len(train_set.manifest) else train_set
+    test_set = splits.alone(test_set) if FEW * len(test_set) < len(test_set.manifest) else test_set
     rows = []
     for spec, model in zip(backbones, loaded, strict=True):
         model.on(settings.device)
@@ -578,7 +585,7 @@ def probe(
             "size": side,
             "classes": len(train_set.classes),
             "multi_label": train_set.multi_label,
-            "train_images": len(train_set),
+            "train_images": train_images_in_all,
             "test_images": len(test_set),
             "results": rows,
         },
@@ -726,7 +733,6 @@ def finetune(
     from fastcon import finetune as stage
     from fastcon import models
     from fastcon.precompute import Settings
-    from fastcon.probe import interval
     from fastcon.run import origin
 
     if trials is not None and shots is None:
@@ -751,7 +757,6 @@ def finetune(
         backbone, train_set, test_set, out, options, settings, size, data, shots, count, say=_note, progress=bar
     )
     bar.close()
-    ci95 = interval(result["accuracies"])
     _finish(
         {
             "command": "finetune",
@@ -763,13 +768,11 @@ def finetune(
             "trials": count,
             "epochs": epochs,
             "lr_grid": grid,
-            "multi_label": train_set.multi_label,
-            "ci95": ci95,
             "seconds": bar.seconds,
             **result,
         },
         json_file,
-        f"{backbone}: {result['accuracy']:.2%} ± {ci95:.2%} ({_count(count, 'trial')}), fine-tuned on "
+        f"{backbone}: {result['accuracy']:.2%} ± {result['ci95']:.2%} ({_count(count, 'trial')}), fine-tuned on "
         f"{result['train_images']:,} images of {result['classes']} classes",
     )
 
@@ -1048,7 +1051,7 @@ def bench(
     _finish(rows, json_file)
 
 
-@main.command(context_settings={"ignore_unknown_options": False})
+@main.command()
 @click.argument("file", required=False)
 @click.argument("snakemake", nargs=-1, type=click.UNPROCESSED)
 @_option("--overlay", "overlays", multiple=True, help="Study FILE whose values replace the study's (repeatable).")

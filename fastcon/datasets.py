@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 from fastcon.errors import FastconError
 
@@ -68,13 +68,34 @@ def resolve(source: str) -> Files | Path:
     """The files of a named data set, or the folder or tar that was made of it. Raises FastconError."""
     scheme, _, rest = source.partition(":")
     name, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = _options(query)
     if scheme == "data":
         return _official(source, name, options)
     if scheme == "rendered":
         return _rendered(source, name, options)
     files = torchvision_files(_torchvision_dataset(source, name, options))
     return _materialised(source, name, options) if files is None else files
+
+
+def _options(query: str) -> dict[str, str]:
+    """key=value&… with %XX decoded; a plus stays one, since paths have them."""
+    pairs = (part.partition("=") for part in query.split("&") if part)
+    return {key: unquote(value) for key, _, value in pairs}
+
+
+def published(source: str) -> int:
+    """Images of a data:NAME?… source as published. Raises FastconError for an unknown name or part."""
+    name, _, query = source.removeprefix("data:").partition("?")
+    known = dataset(name)
+    return known.parts[_part(source, name, _options(query))]
+
+
+def _part(source: str, name: str, options: dict[str, str]) -> str:
+    known = dataset(name)
+    part = options.get("part", known.train)
+    if part not in known.parts:
+        raise FastconError(f"{source}: {name} has no part {part!r}: there are {', '.join(known.parts)}")
+    return part
 
 
 def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
@@ -85,9 +106,7 @@ def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
             f"{source}: data sets are data:NAME?root=FOLDER&part=PART"
             + (f", {sorted(unknown)[0]!r} is no option" if unknown else "")
         )
-    root, part = Path(options["root"]).expanduser().absolute(), options.get("part", known.train)
-    if part not in known.parts:
-        raise FastconError(f"{source}: {name} has no part {part!r}: there are {', '.join(known.parts)}")
+    root, part = Path(options["root"]).expanduser().absolute(), _part(source, name, options)
     try:
         found = known.read(root, part) if known.group is None else known.read(root, part, known.group)
         pairs = found if isinstance(found, Path) else list(found)
@@ -95,7 +114,7 @@ def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
         raise FastconError(
             f"{source}: {error.filename or root} is missing: {root} should hold {known.files} (from {known.where})"
         ) from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # whatever a reader of damaged files may raise
         raise FastconError(f"{source}: the files under {root} are not as published ({error!r})") from error
     if isinstance(pairs, Path):
         return pairs
@@ -437,7 +456,7 @@ def _rendered(source: str, name: str, options: dict[str, str]) -> Files | Path:
     allowed = {"digits": set(), "mixed": {"images"}}.get(name, {"classes", "images"})
     span = re.fullmatch(r"(\d+)-(\d+)", options.get("classes", "0-11"))
     images = options.get("images", "50")
-    if set(options) - allowed or not span or int(span[2]) < int(span[1]) or not images.isdigit() or int(images) < 1:
+    if set(options) - allowed or not span or int(span[2]) < int(span[1]) or not images.isdecimal() or int(images) < 1:
         raise FastconError(f"{source}: options of {name} are {', '.join(sorted(allowed)) or 'none'}, as classes=0-11")
     classes, count = range(int(span[1]), int(span[2]) + 1), int(images)
     folder = _cached(source, "")

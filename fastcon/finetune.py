@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -22,12 +23,14 @@ from fastcon.errors import FastconError, Interrupted
 from fastcon.models import RUN_WEIGHTS, Classifier, Head
 from fastcon.pipeline import Request
 from fastcon.precompute import Settings
+from fastcon.probe import interval
 from fastcon.run import Metrics, Run, stop_signals
 from fastcon.splits import Subset
 from fastcon.train import make_optimizer, rng_state, set_rate, set_rng
 
 RESULT = RUN_WEIGHTS[1]
 REPORT = "result.json"
+CHECKPOINT_SECONDS = 60.0
 VALIDATION = 0.1
 """Share of each training class that chooses the learning rate."""
 
@@ -79,11 +82,12 @@ def teach(
     reports.
     """
     options = _resolved(options, settings)
-    run = Run(out, {"command": "teach", "init": init, **_identity(train, test, size, data, options)})
+    start = _start(init, size)
+    run = Run(out, {"command": "teach", "init": init, **_identity(start, train, test, size, data, options)})
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / REPORT).read_text())
-    start = _begin(run, init, size)
+    run.begin()
     count = _counter(progress, _total_steps(train, options))
     model, result = _tune(start, train, test, run, "", options, settings, say, count)
     result |= {"test_images": len(test), "classes": len(train.classes)}
@@ -112,12 +116,13 @@ def finetune(
     Returns the mean accuracy on `test` and each trial's; on all images `out` becomes a MODEL too. Rerunning resumes.
     """
     options = _resolved(options, settings)
-    identity = _identity(train, test, size, data, options) | {"shots": shots, "trials": trials}
+    start = _start(backbone, size)
+    identity = _identity(start, train, test, size, data, options) | {"shots": shots, "trials": trials}
     run = Run(out, {"command": "finetune", "init": backbone, **identity})
     if run.finished(REPORT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / REPORT).read_text())
-    start = _begin(run, backbone, size)
+    run.begin()
     draws = [train]
     if shots is not None:
         chosen = (splits.draw(train.ids, train.labels, shots, options.seed, trial) for trial in range(trials))
@@ -141,6 +146,8 @@ def finetune(
     summary = {
         "accuracy": float(np.mean(accuracies)),
         "accuracies": accuracies,
+        "ci95": interval(accuracies),
+        "multi_label": train.multi_label,
         "lr": [trial["lr"] for trial in found],
         "train_images": len(draws[0]),
         "test_images": len(test),
@@ -156,9 +163,10 @@ def _resolved(options: Options, settings: Settings) -> Options:
 
 
 def _identity(
-    train: Subset, test: Subset, size: int | None, data: dict[str, Any] | None, options: Options
+    start: Classifier, train: Subset, test: Subset, size: int | None, data: dict[str, Any] | None, options: Options
 ) -> dict[str, Any]:
     return {
+        "init_weights": start.digest(),
         "train": train.digest,
         "test": test.digest,
         "train_images": len(train),
@@ -170,10 +178,9 @@ def _identity(
     }
 
 
-def _begin(run: Run, spec: str, size: int | None) -> Classifier:
+def _start(spec: str, size: int | None) -> Classifier:
     start = models.load(spec, size=size)
     start.set_size(size or start.size)
-    run.begin()
     return start
 
 
@@ -246,7 +253,11 @@ def fit(
     stage: str,
     count: Callable[[int], None] = lambda steps: None,
 ) -> Classifier:
-    """Fine-tune a copy of `start` with a fresh head at one learning rate; checkpointed every epoch."""
+    """Fine-tune a copy of `start` with a fresh head at one learning rate.
+
+    Checkpointed at the end of an epoch, when the last one is a minute old: one of 50 epochs on few shots is large and soon
+    outdated.
+    """
     model = _copy(start, Head(options.head, train.classes, "sigmoid" if train.multi_label else "softmax"), options.seed)
     loss_of = _binary_cross_entropy if train.multi_label else nn.functional.cross_entropy
     model.on(settings.device).train()
@@ -266,6 +277,7 @@ def fit(
         count(epoch * steps)
     metrics = Metrics(run.path / f"metrics-{stage}.jsonl", position)
     batches = _batches(train, range(epoch, options.epochs), model.size, options, settings)
+    saved = time.monotonic()
     loss_sum, step = torch.zeros((), device=settings.device), epoch * steps
     with stop_signals() as stop:
         for pixels, labels in batches:
@@ -291,18 +303,20 @@ def fit(
                 metrics.write({"epoch": step // steps - 1, "lr": optimizer.param_groups[0]["lr"], "loss": mean})
                 run.log(f"{stage} epoch {step // steps}/{options.epochs} loss {mean:.4f}")
                 loss_sum.zero_()
-                checkpoint.save(
-                    folder,
-                    step // steps,
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(),
-                        "rng": rng_state(),
-                        "epoch": step // steps,
-                        "metrics": metrics.position,
-                    },
-                )
+                if stop or time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                    saved = time.monotonic()
+                    checkpoint.save(
+                        folder,
+                        step // steps,
+                        {
+                            "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(),
+                            "rng": rng_state(),
+                            "epoch": step // steps,
+                            "metrics": metrics.position,
+                        },
+                    )
             if stop and step < steps * options.epochs:
                 raise Interrupted(
                     f"stopped by signal {stop[0]} in epoch {step // steps + 1}; run the same command to resume"

@@ -105,10 +105,10 @@ def origin(spec: str) -> dict[str, Any]:
 
 
 def task_name(sources: list[str]) -> str:
-    """What a task is called: its first source without folders, options and ending; a data set's own name and group."""
-    named_set = re.fullmatch(r"[a-z]+:(\w+)(?:\?.*?(?:group=(\w+).*)?)?", sources[0])
+    """What a task is called: its first source without folders, options and ending; a data set's own name."""
+    named_set = re.match(r"[a-z]+:([\w-]+)(?:\?|$)", sources[0])
     if named_set:
-        return "-".join(part for part in named_set.groups() if part)
+        return named_set[1]
     parts = [part for part in sources[0].split("/") if part]
     named = [part for part in parts if part not in ("train", "val", "test")] or parts  # birds/train is birds
     return named[-1].removesuffix(".tar").removesuffix(".txt") if named else sources[0]
@@ -165,7 +165,10 @@ class Waits:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying: the loop looks at the list between steps. A second one kills."""
+    """Collect SIGTERM, SIGINT and SIGHUP instead of dying: the loop looks at the list between steps. A second one kills.
+
+    SIGHUP (a terminal that goes away) stays ignored where it was, as under nohup.
+    """
     seen: list[int] = []
 
     def handle(number: int, _: object) -> None:
@@ -174,7 +177,8 @@ def stop_signals() -> Iterator[list[int]]:
         seen.append(number)
 
     try:
-        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        hup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, *hup)}
     except ValueError:  # not the main thread: whoever embeds us keeps its own handlers
         yield seen
         return

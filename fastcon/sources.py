@@ -85,8 +85,7 @@ def _stat_lines(source: str) -> Iterator[str]:
         files = datasets.resolve(source)
         if isinstance(files, datasets.Files):
             for name, labels in files.pairs:
-                item = _ListedFile("\t".join([name, *labels]), files.root)
-                yield f"{name}\0{labels}\0{item.size}\0{item.modified}\n"
+                yield "{}\0{}\0{}\0{}\n".format(name, labels, *_size_and_time(files.root / name))
             return
         source = str(files)
     for path in _expand(source):
@@ -233,11 +232,16 @@ class _ListedFile:
 
     def __init__(self, line: str, root: Path) -> None:
         self.name, *self.labels = line.split("\t")
-        try:
-            status = os.stat(root / self.name)
-            self.size, self.modified = status.st_size, status.st_mtime_ns
-        except (OSError, ValueError):  # ValueError: a name with a NUL
-            self.size, self.modified = -1, -1
+        self.size, self.modified = _size_and_time(root / self.name)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes and time of a file; -1 where it is not there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _listed_files(path: Path) -> Iterator[_ListedFile]:

@@ -70,9 +70,13 @@ def labelled(
     classes = split_classes(train.classes, split, seed)
     if test is not None:
         _require_labels(test)
-        if bool(test.multi_hot.shape[1]) != bool(train.multi_hot.shape[1]):
-            raise FastconError("one of the training and the test images has several labels an image, the other has not")
-        return of_classes(train, classes), of_classes(test, classes)
+        several = bool(train.multi_hot.shape[1] or test.multi_hot.shape[1])
+        if several and not set(classes) & set(test.classes):
+            raise FastconError(
+                f"none of the labels of the test images ({few(test.classes)}) is one of the training images "
+                f"({few(classes)})"
+            )
+        return of_classes(train, classes, several=several), of_classes(test, classes, several=several)
     kept, aside = hold_out(train, holdout or 0.0, seed)
     return of_classes(train, classes, kept), of_classes(train, classes, aside)
 
@@ -123,9 +127,14 @@ def pick(subset: Subset, positions: NDArray[np.intp]) -> Subset:
     return dataclasses.replace(subset, indices=subset.indices[positions], labels=subset.labels[positions])
 
 
-def of_classes(manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None = None) -> Subset:
-    """The images of some classes, matched by name (multi-label: all); `within` restricts to some of the manifest."""
-    if manifest.multi_hot.shape[1]:
+def of_classes(
+    manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None = None, several: bool = False
+) -> Subset:
+    """The images of some classes, matched by name (multi-label: all); `within` restricts to some of the manifest.
+
+    several: images may have several labels, even if none of these happens to.
+    """
+    if several or manifest.multi_hot.shape[1]:
         return _multi_label(manifest, classes, within)
     place = {name: k for k, name in enumerate(classes)}
     renamed = np.array([place.get(name, -1) for name in manifest.classes] + [-1], dtype=np.int64)
@@ -146,8 +155,10 @@ def _multi_label(manifest: Manifest, classes: Sequence[str], within: NDArray[np.
     known = {name: k for k, name in enumerate(manifest.classes)}
     labels = np.zeros((len(indices), len(classes)), dtype=np.int64)
     for k, name in enumerate(classes):
-        if name in known:
+        if name in known and manifest.multi_hot.shape[1]:
             labels[:, k] = manifest.multi_hot[indices, known[name]]
+        elif name in known:
+            labels[:, k] = manifest.labels[indices] == known[name]
     return Subset(manifest, indices, labels, tuple(classes))
 
 
@@ -158,6 +169,18 @@ def draw(ids: NDArray[np.uint64], labels: NDArray[np.int64], shots: int, seed: i
     """
     rank = _rank_in_class(views.keys(seed, ids, trial, views.DRAW), _strata(labels))
     return np.flatnonzero(rank < shots)
+
+
+def drawn(subset: Subset, shots: int, seed: int, trials: int) -> Subset:
+    """The images that `trials` draws touch: the same draws come out of these alone, since the first of few are theirs."""
+    rows = [draw(subset.ids, subset.labels, shots, seed, trial) for trial in range(trials)]
+    return pick(subset, np.unique(np.concatenate(rows)))
+
+
+def alone(subset: Subset) -> Subset:
+    """The subset with a manifest of its own, so that nothing is computed of other images."""
+    manifest = subset.manifest.select(subset.indices)
+    return dataclasses.replace(subset, manifest=manifest, indices=np.arange(len(subset)))
 
 
 def fold_of(ids: NDArray[np.uint64], labels: NDArray[np.int64], folds: int, seed: int, trial: int) -> NDArray[np.int64]:

@@ -76,13 +76,17 @@ class _Stop(Exception):
     pass
 
 
-def test_resuming_equals_never_having_stopped(taught, parts, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_resuming_equals_never_having_stopped(taught, parts, tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", seconds)
+
     def bomb(done, total):
         if done == 11:
             raise _Stop
 
     with pytest.raises(_Stop):
         teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, SETTINGS, progress=bomb)
+    assert bool(list((tmp_path / "run").glob("checkpoints/final/*"))) == (seconds == 0)
     assert teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, SETTINGS) == taught[1]
     for name in ("model.safetensors", "metrics-final.jsonl", "result.json"):
         assert (tmp_path / "run" / name).read_bytes() == (taught[0] / name).read_bytes()

@@ -54,7 +54,10 @@ def test_several_labels_an_image(tmp_path, labelled_folder):
     assert (len(kept), len(aside)) == (15, 5)
     with pytest.raises(FastconError, match="its classes cannot be split"):
         splits.labelled(index([tmp_path / "train.txt"]), None, 0.25, "t", 0)
-    with pytest.raises(FastconError, match="one of the training and the test images has several labels"):
+    (tmp_path / "one.txt").write_text(f"{images[0]}\tred\n{images[1]}\tround\n")  # no image happens to have two
+    _, one = splits.labelled(index([tmp_path / "train.txt"]), index([tmp_path / "one.txt"]), None, "none", 0)
+    assert one.labels.tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(FastconError, match="none of the labels of the test images"):
         splits.labelled(index([tmp_path / "train.txt"]), index([labelled_folder]), None, "none", 0)
 
 

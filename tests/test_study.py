@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from fastcon import study
+from fastcon import render, study
 from fastcon.cli import main
 from fastcon.errors import FastconError
 from fastcon.study import plan
@@ -156,7 +156,7 @@ def test_running_resuming_and_changing(tiny, tmp_path):
     assert run(tiny, out)[0]["ran"] == 1
     assert os.stat(out / "jobs" / "probe-shapes.json").st_mtime_ns == stamp
     tiny.write_text(TINY.replace("trials = 2", "trials = 3"))
-    assert run(tiny, out)[0]["ran"] == 1  # the probe; the report follows, since it is older
+    assert run(tiny, out)[0]["ran"] == 2  # the probe, and the report that is made from it
     assert json.loads((out / "jobs" / "probe-shapes.json").read_text())["trials"] == 3
     made = [os.stat(out / "jobs" / f"{name}.json").st_mtime_ns for name in ("probe-shapes", "report")]
     assert stamp < made[0] < made[1]
@@ -171,6 +171,105 @@ def test_running_resuming_and_changing(tiny, tmp_path):
     (out / "jobs" / "probe-shapes.json").write_text("[]")
     with pytest.raises(FastconError, match="was not made by this study's command"):
         run(tiny, out)
+
+
+FULL = """
+title = "a student"
+generalist = "small"
+[models.small]
+model = "torchvision:shufflenet_v2_x0_5?size=32"
+[data.shapes]
+train = "rendered:shapes?classes=0-7&images=12"
+holdout = 0.5
+[data.proxy]
+train = "rendered:mixed?images=64"
+[options]
+every = { threads = 1 }
+precompute = { views = 1, size = 32 }
+teach = { epochs = 1, lr-grid = "0.01" }
+train = { epochs = 1 }
+finetune = { epochs = 1, lr-grid = "0.01" }
+[[teachers]]
+data = "shapes"
+[[students]]
+teachers = ["shapes"]
+method = "consolidate"
+proxy = "proxy"
+[[evaluations]]
+command = "finetune"
+on = "shapes:d"
+of = "students"
+"""
+
+
+def stamps(out):
+    return {file.stem: os.stat(file).st_mtime_ns for file in (out / "jobs").glob("*.json")}
+
+
+def test_what_a_change_makes_outdated_is_run_anew(tmp_path):
+    """Options of a run in the middle: it and what follows; its former self is put aside. Further views: the store grows."""
+    file, out = tmp_path / "full.toml", tmp_path / "out"
+    file.write_text(FULL)
+    assert run(file, out)[0]["ran"] == 5
+    before = stamps(out)
+    file.write_text(FULL.replace("train = { epochs = 1 }", "train = { epochs = 2 }"))
+    assert run(file, out)[0]["ran"] == 3  # train, finetune, report
+    after = stamps(out)
+    assert {name for name in after if after[name] == before[name]} == {"teach-shapes", "precompute-proxy"}
+    assert json.loads((out / "runs/consolidate-shapes/config.json").read_text())["epochs"] == 2
+    assert json.loads((out / "runs/consolidate-shapes.old/config.json").read_text())["epochs"] == 1
+    weights = json.loads((out / "runs/finetune-shapes-consolidate-shapes/config.json").read_text())["init_weights"]
+    former = json.loads((out / "runs/finetune-shapes-consolidate-shapes.old/config.json").read_text())["init_weights"]
+    assert weights != former
+    file.write_text(FULL.replace("views = 1", "views = 2").replace("train = { epochs = 1 }", "train = { epochs = 2 }"))
+    assert run(file, out)[0]["ran"] == 4  # all but the teacher
+    assert json.loads((out / "jobs/precompute-proxy.json").read_text())["rows_computed"] == 64  # the second view alone
+    assert not (out / "stores" / "proxy.old").exists()
+    (out / "jobs.json").unlink()  # a lost plan: the results stay
+    assert run(file, out)[0]["ran"] == 0
+    for damage in ("[]", "{", '{"study": 3}'):
+        (out / "jobs.json").write_text(damage)
+        with pytest.raises(FastconError, match=r"is damaged .* remove it, the results stay"):
+            run(file, out)
+
+
+def test_braces_spaces_and_dollars_reach_the_commands_as_they_are(tmp_path):
+    root = tmp_path / "a $(touch PWNED) {b} +"
+    for k in range(8):
+        for half in "xy":
+            render.write_classes(root / half, "shapes", range(k, k + 1), 6)
+    text = TINY.replace('"rendered:shapes?classes=0-7&images=12"', f"'{root}/{{x,y}}'")
+    (tmp_path / "odd.toml").write_text(text.replace("{b}", "b"))
+    (root.rename(tmp_path / "a $(touch PWNED) b +"))
+    facts, _ = run(tmp_path / "odd.toml", tmp_path / "out")
+    assert facts["ran"] == 2
+    assert json.loads((tmp_path / "out/jobs/probe-shapes.json").read_text())["train_images"] == 24
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+def test_places_are_absolute_before_commands_run_elsewhere(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").touch()
+    text = TINY.replace(
+        '"rendered:shapes?classes=0-7&images=12"', "['torchvision:ImageFolder?root=my images', 'data:cub?root=b+c']"
+    )
+    tiny.write_text(text.replace("shufflenet_v2_x0_5?size=32", "shufflenet_v2_x0_5@w.safetensors?size=32"))
+    [probe, _] = study.load(str(tiny)).jobs
+    assert options(probe.command, "--train") == [
+        f"torchvision:ImageFolder?root={tmp_path}/my%20images", f"data:cub?root={tmp_path}/b%2Bc",
+    ]  # fmt: skip
+    assert probe.command[1] == f"torchvision:shufflenet_v2_x0_5@{tmp_path}/w.safetensors?size=32"
+    cars = study.load("fig5a", data=str(tmp_path / "x+y & z")).jobs[0].command
+    assert options(cars, "--train") == [f"data:cars196?root={tmp_path}/x%2By%20%26%20z/cars196&part=train"]
+
+
+def test_several_splits_and_evaluations_of_one_task(tiny):
+    """Tasks of several splits are told apart in reports, evaluations of one task by a name of their own."""
+    more = '[[evaluations]]\ncommand = "probe"\non = ["shapes:d", "shapes"]\nof = "generalist"\nname = "1-shot"\noptions = { shots = 1 }\n'
+    tiny.write_text(TINY + more)
+    found = {job.name: job.command for job in study.load(str(tiny)).jobs}
+    assert list(found) == ["probe-shapes-d", "probe-shapes-d-1-shot", "probe-shapes-none-1-shot", "report"]
+    assert [options(found[name], "--task") for name in list(found)[:3]] == [["shapes:d"], ["shapes:d"], ["shapes:none"]]
 
 
 def test_the_command_that_fails_is_named_in_one_line(tiny, tmp_path):
@@ -198,7 +297,7 @@ def test_a_signal_stops_the_commands_and_the_same_command_resumes(tiny, tmp_path
         time.sleep(0.05)
     with pytest.raises(FastconError, match="is being run by another"):
         run(tiny, out)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 75
     assert "run the same command to resume" in process.communicate()[1]
     assert not (out / "jobs" / "report.json").exists()
@@ -206,6 +305,16 @@ def test_a_signal_stops_the_commands_and_the_same_command_resumes(tiny, tmp_path
 
 
 BAD = {
+    "no test part": ("holdout = 0.5", "", "\\[data.shapes\\] needs train, and either test or holdout"),
+    "two test parts": ("holdout = 0.5", 'holdout = 0.5\ntest = "x"', "needs train, and either test or holdout"),
+    "name": ('on = "shapes:d"', 'on = "shapes:d"\nname = "a b"', "the name 'a b' is not letters"),
+    "kind of value": ('on = "shapes:d"', "on = 3", "a value is of another kind than it should be"),
+    "circle": ('train = "rendered:shapes?classes=0-7&images=12"', 'union = ["shapes"]', "a value is of another kind"),
+    "no teachers": (
+        "[data.shapes]",
+        '[[students]]\nmethod = "consolidate"\nproxy = "shapes"\n[data.shapes]',
+        "a student by consolidate has no teachers",
+    ),
     "data": ('on = "shapes:d"', 'on = "shape:d"', "unknown data set 'shape': describe it in \\[data.shape\\]"),
     "split": ('on = "shapes:d"', 'on = "shapes:q"', "split 'q' is neither none, t, d"),
     "key": ('on = "shapes:d"', 'tasks = "shapes:d"', "\\[\\[evaluations\\]\\] has no key 'tasks'"),
@@ -245,13 +354,14 @@ def test_a_study_that_is_not_there():
 
 
 def test_what_a_study_costs(tiny):
-    """96 images of 8 classes: the d-split is half of them, half of that is aside; both are seen once."""
+    """Features of all 96 images are computed once, whatever the split."""
     facts, text = study.describe(study.load(str(tiny)), torch.device("cpu"), lambda line: None)
     assert facts["counts"] == {"probe": 1, "report": 1}
-    assert (facts["images_forward"], facts["images_trained"], facts["unknown"]) == (48, 0, [])
+    assert (facts["images_forward"], facts["images_trained"], facts["unknown"]) == (96, 0, [])
     assert "report  <-  probe-shapes" in text
     tiny.write_text(TINY.replace('train = "rendered:shapes?classes=0-7&images=12"', 'train = "/nowhere"'))
     assert study.describe(study.load(str(tiny)), torch.device("cpu"), lambda line: None)[0]["unknown"] == [
+        "shapes whole",
         "shapes:d test",
         "shapes:d train",
     ]
@@ -267,7 +377,7 @@ def test_the_cost_of_training_by_hand(tmp_path):
         + '[[teachers]]\ndata = "shapes"\n[[students]]\nteachers = ["shapes"]\nmethod = "consolidate"\nproxy = "proxy"\n'
     )
     facts, _ = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None)
-    assert facts["images_forward"] == 48 + 2 * 3 * 100
+    assert facts["images_forward"] == 96 + 2 * 3 * 100
     assert facts["images_trained"] == 24 * 10 * (1 + 2 * 0.9) + 7 * 100
 
 

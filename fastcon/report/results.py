@@ -254,12 +254,17 @@ def _read_run(path: Path, results: Results) -> None:
             if not metrics or any("step" not in row or "heads" not in row for row in metrics):
                 raise ValueError("it has no metrics yet")
             results.runs.append(Trained(path.name, config, metrics, _seconds(path)))
+        elif config["command"] == "finetune":
+            found = json.loads((path / "result.json").read_text()) | config["data"] | config
+            found |= {"backbone": config["init"], "train_images": None, "test_images": None}
+            protocol = _protocol(found, "fine-tuning on all images", "-shot fine-tuning")
+            _add_trials(path, found, found, protocol, results)
         else:
             found = json.loads((path / "result.json").read_text())
             row, task = _representation(str(path), {}), origin(str(path))["teachers"][0]
             _table(results, UPSTREAM).add(row, task, Cell(100 * float(found["accuracy"])), str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FastconError(f"{path} is no finished run of train or teach ({error})") from error
+        raise FastconError(f"{path} is no finished run of train, teach or finetune ({error})") from error
     results.sources.append((str(path), config))
 
 

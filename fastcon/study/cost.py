@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,14 +59,13 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 def _size(sources: list[str], share: float) -> float | None:
-    """Images of some sources: as published, as rendered, or listed where they are there."""
+    """Images of some sources: as published, or listed where they are there. Without sources: `share` images."""
+    if not sources:
+        return share
     total = 0
     for source in sources:
-        name, _, query = source.removeprefix("data:").partition("?")
-        part = re.search(r"part=([\w-]+)", query)
         if source.startswith("data:"):
-            known = datasets.DATASETS[name]
-            total += known.parts[part[1] if part else known.train]
+            total += datasets.published(source)
         else:
             try:
                 total += len(read([source]).size)
@@ -106,15 +106,15 @@ def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of a call, the quickest of two after one to warm up."""
-    seconds = []
-    for _ in range(3):
+    """Seconds of a call: the median over two seconds, after one to warm up."""
+    seconds: list[float] = []
+    while len(seconds) < 4 or (sum(seconds) < 2 and len(seconds) < 100):
         started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
 def _duration(seconds: float) -> str:

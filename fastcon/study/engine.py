@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,9 @@ PLAN = "jobs.json"
 def run(study: Study, out: str, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Run what is not done yet of a study in the folder `out`; `arguments` go to Snakemake as they are.
 
+    Running it again resumes. Where the study was changed, what changed is run anew, with all that was made from it.
     Raises FastconError where the folder holds another study or results that are none of its own, and with the last line
-    of the job that failed; Interrupted where a signal stopped it. Running it again resumes.
+    of the job that failed; Interrupted where a signal stopped it.
     """
     optional_import("snakemake", "study")
     folder = Path(out)
@@ -37,65 +39,115 @@ def run(study: Study, out: str, arguments: Sequence[str], say: Callable[[str], N
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FastconError(f"{out} is being run by another `fastcon study`: wait for it, or stop it") from None
-        for job in _outdated(folder, study):
-            (folder / job.result).unlink()
+        _forget_outdated(folder, study)
         _write(folder, study)
         waiting = [job for job in study.jobs if not (folder / job.result).exists()]
         say(f"{len(study.jobs) - len(waiting)} of {len(study.jobs)} commands are done")
         if waiting:
-            _snakemake(folder, study, list(arguments), say)
+            _snakemake(folder, study, list(arguments), lock.fileno(), say)
     return {"out": out, "commands": len(study.jobs), "ran": len(waiting), "report": f"{out}/report/index.html"}
 
 
 def _check_folder(folder: Path, study: Study) -> None:
     plan = _plan(folder)
     if plan is None:
-        if folder.exists() and (not folder.is_dir() or any(f.name != "study.lock" for f in folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(_ours(file.name) for file in folder.iterdir())):
             raise FastconError(f"{folder} holds other files and no study: give an empty or a new folder as --out")
     elif plan["study"] != study.name:
         raise FastconError(f"{folder} holds the study {plan['study']!r}, this is {study.name!r}: give another --out")
 
 
+def _ours(name: str) -> bool:
+    """Whether a study, also one whose plan was lost, may have made this."""
+    return name in ("jobs", "runs", "stores", "report", ".snakemake", "study.lock", "snakemake.log")
+
+
 def _plan(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / PLAN).read_text())
+        plan = json.loads((folder / PLAN).read_text())
+        if not isinstance(plan["study"], str) or not isinstance(plan["commands"], dict):
+            raise ValueError("it is no plan")
     except OSError:
         return None
-    except ValueError as error:
-        raise FastconError(f"{folder / PLAN} is damaged ({error}): remove it, the results stay") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FastconError(f"{folder / PLAN} is damaged ({error!r}): remove it, the results stay") from error
+    return plan
 
 
-def _outdated(folder: Path, study: Study) -> list[Job]:
-    """Jobs whose results are of this study as it was before it was changed. Raises FastconError for foreign results."""
-    plan = _plan(folder) or {"jobs": []}
-    before = {job["name"]: job["command"] for job in plan["jobs"]}
-    found = []
+def _forget_outdated(folder: Path, study: Study) -> None:
+    """Remove results of commands that the study gives otherwise now, and put aside the runs and stores they made.
+
+    With a command goes what was made from its result. A store that only gains teachers or views stays: precompute adds
+    to it. Raises FastconError for a result that no command of this study has made.
+    """
+    before = (_plan(folder) or {"commands": {}})["commands"]
+    anew: set[str] = set()
     for job in study.jobs:
-        file = folder / job.result
-        if not file.exists():
-            continue
-        try:
-            made_by = json.loads(file.read_text())["argv"]
-        except (ValueError, KeyError, TypeError):
-            made_by = None
-        if made_by == list(job.command):
-            continue
-        if made_by is None or made_by != before.get(job.name):
+        result, now = folder / job.result, list(job.command)
+        made_by = _made_by(result) if result.exists() else before.get(job.name, now)
+        if made_by not in (now, before.get(job.name)):
             raise FastconError(
-                f"{file} was not made by this study's command ({_shell(job.command)[:200]}): remove it, or give another "
+                f"{result} was not made by this study's command ({_shell(job.command)[:200]}): remove it, or give another "
                 "--out"
             )
-        found.append(job)
-    return found
+        rests_on_anew = bool(anew & set(job.needs))
+        if made_by == now and not rests_on_anew:
+            continue
+        growth = None if rests_on_anew else _growth(made_by, now)
+        if growth is None:
+            _put_aside(folder, job)
+        if growth != "teachers":  # students of other views are others; of a store with one teacher more they are not
+            anew.add(job.name)
+        result.unlink(missing_ok=True)
+        (folder / "jobs" / f"{job.name}.log").unlink(missing_ok=True)
+
+
+def _made_by(result: Path) -> list[str] | None:
+    try:
+        return json.loads(result.read_text())["argv"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _growth(before: list[str], now: list[str]) -> str | None:
+    """By what a precompute goes on where another stopped: "teachers" alone, or "views"; None: it does not."""
+
+    def split(command: list[str]) -> tuple[set[str], int, list[str]]:
+        teachers, views, rest, words = set(), 0, [], iter(command)
+        for word in words:
+            if word == "--teacher":
+                teachers.add(next(words))
+            elif word == "--views":
+                views = int(next(words))
+            else:
+                rest.append(word)
+        return teachers, views, rest
+
+    if before[0] != "precompute":
+        return None
+    (old_teachers, old_views, old_rest), (new_teachers, new_views, new_rest) = split(before), split(now)
+    if not (old_teachers <= new_teachers and old_views <= new_views and old_rest == new_rest):
+        return None
+    return "teachers" if old_views == new_views else "views"
+
+
+def _put_aside(folder: Path, job: Job) -> None:
+    """Rename the run or store of a job to NAME.old, in place of an earlier one: a run takes no other options."""
+    option = {"precompute": "--store", "teach": "--out", "train": "--out", "finetune": "--out"}.get(job.command[0])
+    if option is None:
+        return
+    made = folder / job.command[job.command.index(option) + 1]
+    if made.exists():
+        old = made.with_name(f"{made.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        made.rename(old)
 
 
 def _write(folder: Path, study: Study) -> None:
     results = {job.name: job.result for job in study.jobs}
     jobs = [
         {
-            "name": job.name,
             "rule": f"job_{number}_{''.join(c if c.isalnum() else '_' for c in job.name)}",
-            "command": list(job.command),
             "needs": [results[name] for name in job.needs],
             "result": job.result,
             "log": f"jobs/{job.name}.log",
@@ -103,35 +155,40 @@ def _write(folder: Path, study: Study) -> None:
         }
         for number, job in enumerate(study.jobs)
     ]
+    commands = (_plan(folder) or {"commands": {}})["commands"] | {job.name: list(job.command) for job in study.jobs}
     (folder / "jobs").mkdir(exist_ok=True)
-    data = json.dumps({"study": study.name, "title": study.title, "jobs": jobs}, indent=1) + "\n"
-    write_atomically(folder / PLAN, data.encode())
+    plan = {"study": study.name, "title": study.title, "jobs": jobs, "commands": commands}
+    write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def _shell(command: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in command)
 
 
-def _snakemake(folder: Path, study: Study, arguments: list[str], say: Callable[[str], None]) -> None:
+def _snakemake(folder: Path, study: Study, arguments: list[str], lock: int, say: Callable[[str], None]) -> None:
+    """Run Snakemake in a process group of its own, which holds the lock as long as it lives, and stop it with us."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     if not any(word.split("=")[0] in ("--executor", "-e", "--cores", "-c", "--jobs", "-j") for word in arguments):
         command += ["--cores", str(len(os.sched_getaffinity(0)))]
     done = {job.name for job in study.jobs if (folder / job.result).exists()}
     with stop_signals() as stop, open(folder / "snakemake.log", "ab") as log:
-        process = subprocess.Popen([*command, *arguments], cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        stopped = False
-        while process.poll() is None:
-            if stop and not stopped:
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=folder, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock]
+        )
+        try:
+            while process.poll() is None and not stop:
+                time.sleep(0.3)
+                _say_done(folder, study, done, say)
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
-                stopped = True
-            time.sleep(0.3)
-            _say_done(folder, study, done, say)
+                process.wait()
         _say_done(folder, study, done, say)
         if stop:
             raise Interrupted(f"stopped by signal {stop[0]}; run the same command to resume")
     if process.returncode:
-        raise FastconError(_what_failed(folder, study, done))
+        raise FastconError(_what_failed(folder, study))
 
 
 def _say_done(folder: Path, study: Study, done: set[str], say: Callable[[str], None]) -> None:
@@ -141,10 +198,10 @@ def _say_done(folder: Path, study: Study, done: set[str], say: Callable[[str], N
             say(f"[{len(done)}/{len(study.jobs)}] {job.name}: {_last_line(folder / 'jobs' / f'{job.name}.log')}")
 
 
-def _what_failed(folder: Path, study: Study, done: set[str]) -> str:
+def _what_failed(folder: Path, study: Study) -> str:
     for job in study.jobs:
         log = folder / "jobs" / f"{job.name}.log"
-        if job.name not in done and log.exists():
+        if log.exists() and not (folder / job.result).exists():
             return f"{job.name} failed: {_last_line(log).removeprefix('fastcon: ')} ({log})"
     return f"Snakemake failed: {_last_line(folder / 'snakemake.log')} ({folder / 'snakemake.log'})"
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from fastcon import datasets
 from fastcon.errors import FastconError
@@ -21,12 +23,12 @@ from fastcon.run import origin
 PAPER = Path(__file__).parent / "paper"
 KEYS = {
     "": "title generalist models data teachers students evaluations options",
-    "options": "teach precompute train probe finetune evaluate",
+    "options": "every teach precompute train probe finetune evaluate",
     "models": "model train options",
     "data": "train test holdout union related",
     "teachers": "data split model name",
     "students": "teachers method proxy balance labels name options",
-    "evaluations": "command on of options",
+    "evaluations": "command on of name options",
 }
 COMMANDS = ("probe", "finetune", "evaluate")
 KINDS = ("generalist", "teachers", "students")
@@ -61,7 +63,7 @@ class Study:
     title: str
     jobs: list[Job]
     images: dict[str, tuple[list[str], float]]
-    """Set of images ("cars196 train") → its sources, and the share of them that takes part."""
+    """Set of images ("cars196:t train") → its sources, and the share of them that takes part; without sources: how many."""
     size: int
 
 
@@ -80,7 +82,10 @@ def load(file: str, overlays: Sequence[str] = (), data: str | None = None) -> St
     for overlay in overlays:
         found = _merged(found, _read(_path(overlay)))
     name = "-".join([Path(file).stem, *(Path(overlay).stem for overlay in overlays)])
-    return _Planner(name, found, data).study()
+    try:
+        return _Planner(name, found, data).study()
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise FastconError(f"{name}: a value is of another kind than it should be ({error}): see the README") from error
 
 
 def _path(file: str) -> Path:
@@ -136,6 +141,12 @@ class _Planner:
             _check_keys("models", value, f"[models.{key}]")
         self._sets: dict[str, tuple[list[str], float]] = {}
         self._jobs: list[Job] = []
+        self._splits: dict[str, list[str]] = {}
+        for entry in _list(found, "evaluations"):
+            for task in _each(entry.get("on", [])):
+                data, split = _task(task)
+                if split not in self._splits.setdefault(data, []):
+                    self._splits[data].append(split)
         self._generalist = self._model(str(found.get("generalist", "")), "generalist")
 
     def study(self) -> Study:
@@ -146,6 +157,8 @@ class _Planner:
             self._train_model(model)
         for teacher in teachers.values():
             self._teach(teacher)
+        for name in (*self._models, *teachers, *(s.name for s in students), *(s.proxy for s in students)):
+            _check_name(name, self._name)
         for proxy in dict.fromkeys(student.proxy for student in students):
             self._precompute(proxy, [s for s in students if s.proxy == proxy], teachers)
         for student in students:
@@ -175,8 +188,11 @@ class _Planner:
 
     def _init(self, model: str) -> str:
         spec = str(self._models[model]["model"])
-        path, question, options = spec.partition("?")
-        return f"{Path(path).absolute()}{question}{options}" if Path(path).exists() else spec
+        place, question, options = spec.partition("?")
+        scheme, at, path = place.partition("@")
+        if Path(place).exists():
+            scheme, at, path = "", "", place
+        return f"{scheme}{at}{_absolute(path)}{question}{options}" if path and Path(path).exists() else spec
 
     def _data(self, name: str) -> Source:
         """A data set: train, test, holdout, related. The study's own, else the official one."""
@@ -201,7 +217,7 @@ class _Planner:
                 f"{', '.join(datasets.DATASETS)}"
             ) from None
         folder = "DATA" if self._folder is None else str(Path(self._folder).expanduser().absolute())
-        root = f"{folder}/{name.partition('-')[0] if known.group else name}"
+        root = quote(f"{folder}/{name.partition('-')[0] if known.group else name}")
         spec = f"data:{name}?root={root}&part="
         test = [] if known.test is None else [spec + known.test]
         return {
@@ -214,10 +230,14 @@ class _Planner:
     def _labelled(self, name: str, split: str, test_only: bool = False) -> list[str]:
         """Arguments that say where a task's images are and which take part; notes how many those are."""
         data = self._data(name)
-        share = {"none": 1.0}.get(split, 0.5) / int(split.partition("/")[2] or 1)
+        if not data["train"] or bool(data["test"]) == (data["holdout"] is not None):
+            raise FastconError(f"{self._name}: [data.{name}] needs train, and either test or holdout")
+        _check_name(name, self._name)
+        share = _share(split)
         held = float(data["holdout"] or 0.0)
         self._sets[f"{name}:{split} train"] = (data["train"], share * (1 - held))
         self._sets[f"{name}:{split} test"] = (data["test"] or data["train"], share * (held or 1.0))
+        self._sets[f"{name} whole"] = (data["train"] + data["test"], 1.0)
         arguments = []
         for source in [] if test_only else data["train"]:
             arguments += ["--train", source]
@@ -225,13 +245,19 @@ class _Planner:
             arguments += ["--test", source]
         if data["holdout"] is not None:
             arguments += ["--holdout", f"{data['holdout']:g}"]
-        return [*arguments, "--split", split, "--task", name]
+        return [*arguments, "--split", split, "--task", name if test_only else self._label(name, split)]
+
+    def _label(self, data: str, split: str) -> str:
+        """What a task is called in reports: its data set, and its split where the study looks at several."""
+        several = len(self._splits.get(data, [])) > 1 and split in self._splits[data]
+        return f"{data}:{split}" if several else data
 
     def _option(self, command: str, key: str, default: Any) -> Any:
         return _table(self._options, command).get(key, default)
 
-    def _arguments(self, command: str, extra: dict[str, Any] | None = None) -> list[str]:
-        return _flags(_table(self._options, command) | (extra or {}))
+    def _of(self, command: str) -> dict[str, Any]:
+        """Options of a command: every command's, then its own."""
+        return _table(self._options, "every") | _table(self._options, command)
 
     # tables → teachers, students, jobs
 
@@ -277,8 +303,10 @@ class _Planner:
         arguments += ["--heads", ",".join(teachers)] if teachers else []
         arguments += ["--balance", balance] if balance else []
         arguments += ["--labels"] if labels else []
-        arguments += self._arguments("train", extra)
-        epochs = float((_table(self._options, "train") | extra).get("epochs", 40))
+        arguments += _flags(self._of("train") | extra)
+        epochs = float((self._of("train") | extra).get("epochs", 40))
+        if method != "soft-label" and not teachers:
+            raise FastconError(f"{self._name}: a student by {method} has no teachers: teachers = [['birds'], …]")
         self._data(str(proxy))
         return _Student("-".join(p for p in parts if p), teachers, method, str(proxy), tuple(arguments), epochs)
 
@@ -293,7 +321,7 @@ class _Planner:
         if "train" not in entry:
             return
         command = ["teach", *self._labelled(entry["train"], "none"), "--init", self._init(model)]
-        options = _table(self._options, "teach") | _table(entry, "options")
+        options = self._of("teach") | _table(entry, "options")
         command += _flags(options)
         self._add(
             f"teach-{model}",
@@ -306,7 +334,7 @@ class _Planner:
 
     def _teach(self, teacher: _Teacher) -> None:
         command = ["teach", *self._labelled(teacher.data, teacher.split), "--init", self._spec(teacher.model)]
-        options = _table(self._options, "teach")
+        options = self._of("teach")
         self._add(
             f"teach-{teacher.name}",
             [*command, *_flags(options), "--out", f"runs/{teacher.name}"],
@@ -319,7 +347,7 @@ class _Planner:
         self._sets[f"{proxy} proxy"] = (sources, 1.0)
         used = list(dict.fromkeys(name for student in students for name in student.teachers))
         views = int(self._option("precompute", "views", 4))
-        options = _table(self._options, "precompute") | {"views": views}
+        options = self._of("precompute") | {"views": views}
         command = ["precompute", *sources, "--store", f"stores/{proxy}", *_flags(options)]
         command += ["--generalist", f"{self._generalist}={self._spec(self._generalist)}"]
         for name in used:
@@ -344,7 +372,7 @@ class _Planner:
             raise FastconError(
                 f"{self._name}: [[evaluations]] has the command {command!r}: one of {', '.join(COMMANDS)}"
             )
-        options = _table(self._options, command) | _table(entry, "options")
+        options = self._of(str(command)) | _table(entry, "options")
         if command == "finetune" and "shots" not in options:
             options.pop("trials", None)  # they count draws, and all images are no draw
         flags = _flags(options)
@@ -354,11 +382,13 @@ class _Planner:
         if not entry.get("on"):
             raise FastconError(f"{self._name}: [[evaluations]] {command} says no tasks: on = ['cars196:d', …]")
         for task in _each(entry["on"]):
-            name, _, split = task.partition(":")
-            split = split or "none"
+            name, split = _task(task)
             _parse_split(split, self._name)
             where = self._labelled(name, split)
-            suffix = f"{name}-{split.replace('/', 'of')}" if split not in ("none", "d") else name
+            suffix = self._label(name, split).replace(":", "-").replace("/", "of")
+            if entry.get("name"):
+                _check_name(entry["name"], self._name)
+                suffix += f"-{entry['name']}"
             if command == "probe":
                 self._probe(suffix, f"{name}:{split}", chosen, [*where, *flags])
             else:
@@ -371,21 +401,26 @@ class _Planner:
             f"probe-{suffix}",
             ["probe", *(spec for _, spec, _ in chosen), *flags],
             [job for _, _, job in chosen if job],
-            forward=tuple((backbone, f"{task} {part}", float(len(chosen))) for part in ("train", "test")),
+            forward=((backbone, f"{task.partition(':')[0]} whole", float(len(chosen))),),
         )
 
     def _finetune(
         self, suffix: str, task: str, label: str, spec: str, job: str, flags: list[str], options: dict[str, Any]
     ) -> None:
         name = f"finetune-{suffix}-{label}"
-        passes = _passes(options, 50)
-        if "shots" in options:  # a draw is no set of known size: counted as a tenth of the training images
-            passes *= float(options.get("trials", 5)) / 10
+        passes, images = _passes(options, 50), f"{task} train"
+        known = datasets.DATASETS.get(task.partition(":")[0])
+        if "shots" in options:
+            passes *= float(options.get("trials", 5))
+            if known is not None:  # the classes of other sets are not known without looking: all images are counted
+                classes = 1.0 if known.group else known.classes * _share(_task(task)[1])
+                images = f"{task} {options['shots']} shots"
+                self._sets[images] = ([], float(options["shots"]) * classes)
         self._add(
             name,
             ["finetune", spec, *flags, "--out", f"runs/{name}"],
             [job] if job else [],
-            trained=((self._init(self._generalist), f"{task} train", passes),),
+            trained=((self._init(self._generalist), images, passes),),
         )
 
     def _chosen(
@@ -429,11 +464,17 @@ class _Planner:
         results = [job for job in self._jobs if job.command[0] in COMMANDS]
         trained = [job for job in self._jobs if job.command[0] == "train"]
         command = ["report", *(job.result for job in results), *(f"runs/{job.name[6:]}" for job in trained)]
-        if any(job.command[0] in ("probe", "finetune") for job in results):
-            command += ["--generalist", origin(self._spec(self._generalist))["name"]]
+        base = self._spec(self._generalist)
+        if any(job.command[0] in ("probe", "finetune") and base in job.command for job in results):
+            command += ["--generalist", origin(base)["name"]]
+        pairs: list[str] = []
         for teacher in teachers.values():
-            for task in [teacher.data, *self._data(teacher.data)["related"]]:
-                command += ["--related", f"{teacher.name}={task}"]
+            for data in [teacher.data, *self._data(teacher.data)["related"]]:
+                labels = [self._label(data, split) for split in self._splits.get(data, [])] or [data]
+                for name in dict.fromkeys((teacher.name, teacher.data)):  # students name it, its own row names its data
+                    pairs += [f"{name}={label}" for label in labels]
+        for pair in dict.fromkeys(pairs):
+            command += ["--related", pair]
         command += ["--title", str(self._found.get("title", self._name))]
         self._add("report", [*command, "--out", "report"], [job.name for job in results + trained])
 
@@ -458,7 +499,7 @@ def _flags(options: dict[str, Any]) -> list[str]:
             continue
         arguments.append(f"--{key}")
         if value is not True:
-            arguments += [f"{v:g}" if isinstance(v, float) else str(v) for v in _each(value)]
+            arguments += [str(v) for v in _each(value)]
     return arguments
 
 
@@ -480,7 +521,33 @@ def _sources(value: Any, where: str) -> list[str]:
     found = _each(value)
     if not all(isinstance(item, str) for item in found):
         raise FastconError(f"{where} is a list of IMAGES, not {value!r}")
-    return [item if datasets.has_scheme(item) else str(Path(item).expanduser().absolute()) for item in found]
+    return [_rooted(item) if datasets.has_scheme(item) else _absolute(item) for item in found]
+
+
+def _rooted(source: str) -> str:
+    """A named data set with its root absolute."""
+    return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: quote(_absolute(unquote(found[0]))), source)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _task(text: str) -> tuple[str, str]:
+    """ "cars196:d" → its data set and its split."""
+    data, _, split = text.partition(":")
+    return data, split or "none"
+
+
+def _share(split: str) -> float:
+    """Which part of the classes a split holds."""
+    return (1.0 if split == "none" else 0.5) / int(split.partition("/")[2] or 1)
+
+
+def _check_name(name: str, study: str) -> None:
+    """Names become files, folders and labels."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise FastconError(f"{study}: the name {name!r} is not letters, digits, '_', '.', '+' and '-'")
 
 
 def _table(found: dict[str, Any], key: str) -> dict[str, Any]:
