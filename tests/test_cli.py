@@ -342,3 +342,46 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, message):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_features_of_the_images_that_draws_touch_are_enough(tmp_path, labelled_folder, teacher_file, monkeypatch):
+    """Of a large set a probe computes no more; the accuracies are the same."""
+    from fastcon import cli, features
+
+    sizes = []
+    real = features.features
+
+    def spy(model, manifest, *rest):
+        sizes.append(len(manifest))
+        return real(model, manifest, *rest)
+
+    monkeypatch.setattr(features, "features", spy)
+    found = []
+    for few in (10, 0):
+        monkeypatch.setattr(cli, "FEW", few)
+        fastcon("probe", teacher_file, "--train", labelled_folder, "--holdout", 0.5, "--split", "d", "--shots", 2,
+                "--trials", 2, "--folds", 2, "--json", tmp_path / "probe.json")  # fmt: skip
+        found.append(json.loads((tmp_path / "probe.json").read_text()))
+    assert sizes[:2] == [84, 84]
+    assert all(size < 25 for size in sizes[2:])
+    assert found[0]["results"][0]["accuracies"] == pytest.approx(found[1]["results"][0]["accuracies"])
+    assert found[0]["train_images"] == found[1]["train_images"] == 21
+
+
+def test_the_data_sets_are_listed_with_where_to_get_them():
+    text = fastcon("data", "list").output
+    assert "cub: CUB-200-2011 birds; 200 classes; images: train 5,994, test 5,794" in text
+    assert "from  github.com/karansikka1/iFood_2019" in text
+
+
+def test_a_study_says_what_it_lacks(tmp_path):
+    assert "needs --out FOLDER" in refusal("study", "table4", code=2)
+    assert "needs the data set data:cars196: give its folder with --data" in refusal(
+        "study", "fig5a", "--out", tmp_path / "x", code=2
+    )
+    assert not (tmp_path / "x").exists()
+    assert "table4" in fastcon("study").output
+    (tmp_path / "bad.toml").write_text('generalist = "g"\n[models.g]\nmodel = "torchvision:resnet18"\n[options]\n'
+                                       'probe = { trails = 3 }\n[data.x]\ntrain = "y"\nholdout = 0.5\n'
+                                       '[[evaluations]]\ncommand = "probe"\non = "x"\nof = "generalist"\n')  # fmt: skip
+    assert "--trails" in fastcon("study", tmp_path / "bad.toml", "--dry-run", code=2).output

@@ -264,6 +264,17 @@ def test_what_is_no_data_set(tmp_path):
         lines(tmp_path / f"CUB_200_2011/{name}.txt", "1")
     with pytest.raises(FastconError, match="are not as published"):
         index([f"data:cub?root={tmp_path}"])
+    cars(tmp_path)
+    (tmp_path / "stanford_cars/devkit/cars_train_annos.mat").write_bytes(b"")
+    with pytest.raises(FastconError, match="are not as published"):
+        index([f"data:cars196?root={tmp_path}"])
+
+
+def test_roots_with_a_plus_or_a_percent(tmp_path):
+    for name, written in (("a+b", "a+b"), ("a b&c", "a%20b%26c")):
+        picture(tmp_path / name / "NWPU-RESISC45/x/1.jpg", 1)
+        picture(tmp_path / name / "NWPU-RESISC45/y/2.jpg", 2)
+        assert labels(f"data:resisc45?root={tmp_path}/{written}") == {"1.jpg": "x", "2.jpg": "y"}
 
 
 def test_rendered_images_are_made_once():

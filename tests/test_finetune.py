@@ -271,3 +271,20 @@ def test_several_labels_an_image_make_a_sigmoid_head(parts, tmp_path):
         finetune.accuracy(
             model, "task", replace(parts[1], classes=("red", "green", "blue", "red", "red", "red")), SETTINGS
         )
+
+
+def test_other_weights_under_the_same_path_are_another_run(taught, parts, tmp_path):
+    """A result is of the weights that made it, not of the name of their file."""
+    file = tmp_path / "backbone.safetensors"
+    file.write_bytes((taught[0] / "model.safetensors").read_bytes())
+    options = replace(OPTIONS, epochs=1)
+    finetune.finetune(str(file), *parts, str(tmp_path / "run"), options, SETTINGS)
+    teach(str(file), *parts, str(tmp_path / "teacher"), options, SETTINGS)
+    model = models.load(file)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    file.write_bytes(model.export("task"))
+    for run in (finetune.finetune, teach):
+        out = tmp_path / ("run" if run is finetune.finetune else "teacher")
+        with pytest.raises(FastconError, match="holds another run: init_weights was"):
+            run(str(file), *parts, str(out), options, SETTINGS)

@@ -125,6 +125,18 @@ def test_fine_tuning_makes_tables_of_its_own(tmp_path):
     assert tables["5-shot fine-tuning"].tasks == ["birds", "fashion"]
 
 
+def test_a_fine_tuned_run_is_no_upstream_accuracy(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(
+        json.dumps({"command": "finetune", "init": "runs/ours", "shots": 5, "trials": 2, "data": {"task": "birds"}})
+    )
+    (run / "result.json").write_text(json.dumps({"accuracy": 0.5, "accuracies": [0.4, 0.6], "ci95": 0.1}))
+    [table] = read([str(run)]).tables.values()
+    assert table.title == "5-shot fine-tuning"
+    assert table.cells["ours", "birds"].trials == (40.0, 60.0)
+
+
 def test_variants_of_one_method_are_left_out_of_the_tally(tmp_path):
     rows = {"base": ("generalist", [], [0.4]), "ours": ("consolidated", ["birds"], [0.5])}
     [table] = read([write(tmp_path / "one.json", probe(rows))]).tables.values()

@@ -8,7 +8,7 @@ import pytest
 
 from fastcon import checkpoint, info
 from fastcon.errors import FastconError, optional_import
-from fastcon.run import Metrics, Run, Waits
+from fastcon.run import Metrics, Run, Waits, task_name
 
 
 def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
@@ -100,3 +100,18 @@ def test_what_to_change_follows_from_the_largest_wait(waits, baked, advice):
 def test_a_missing_dependency_names_its_extra():
     with pytest.raises(FastconError, match=r"no_such_module is not installed .* pip install 'fastcon\[timm\]'"):
         optional_import("no_such_module", "timm")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("birds/train", "birds"),
+        ("/data/aid.tar", "aid"),
+        ("data:ifashion-sleeve?root=/data/ifashion&part=train", "ifashion-sleeve"),
+        ("data:cub?root=/a/b&part=test", "cub"),
+        ("rendered:glyphs?classes=0-3", "glyphs"),
+        ("rendered:digits", "digits"),
+    ],
+)
+def test_what_a_task_is_called(source, name):
+    assert task_name([source]) == name

@@ -134,3 +134,18 @@ def test_what_a_command_cannot_use_is_said(proxy_folder):
 
 
 KNOWN_T = ["class 3", "class 5", "class 6", "class 7", "class 10"]
+
+
+def test_a_draw_from_what_draws_touch_is_the_same_draw(labelled_folder):
+    """So a probe may compute features of those images alone."""
+    train, _ = splits.labelled(index([labelled_folder]), None, 0.3, "none", 0)
+    touched = splits.drawn(train, 2, 5, 3)
+    assert len(touched) < len(train)
+    own = splits.alone(touched)
+    assert len(own.manifest) == len(touched)
+    for trial in range(3):
+        whole = train.ids[splits.draw(train.ids, train.labels, 2, 5, trial)]
+        few = own.ids[splits.draw(own.ids, own.labels, 2, 5, trial)]
+        assert sorted(whole.tolist()) == sorted(few.tolist())
+    names = [own.classes[label] for label in own.labels]
+    assert names == [own.manifest.name(int(k)).split("/")[0] for k in own.indices]
