@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastcon import render, study
 from fastcon.cli import main
@@ -419,3 +422,39 @@ def test_the_twins_of_all_studies(tmp_path, name):
     assert (out / "report" / "index.html").stat().st_size > 10_000
     rows = plan.load(name, ["small"]).jobs
     assert {job.name for job in rows} == {file.stem for file in (out / "jobs").glob("*.json")}
+
+
+def places(value, here=()):
+    """Every place in a study as TOML gives it: keys and list positions from the top."""
+    yield here
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*here, key))
+
+
+ANYTHING = st.recursive(
+    st.one_of(st.booleans(), st.integers(-3, 50), st.floats(allow_nan=True), st.text(max_size=8), st.just("shapes:d")),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), name=st.sampled_from(["fig3a", "table5", "full"]), value=ANYTHING)
+def test_any_study_is_planned_or_refused_in_one_line(data, name, value):
+    """One value of a good study replaced by anything, or left out."""
+    found = tomllib.loads(FULL) if name == "full" else tomllib.loads((plan.PAPER / f"{name}.toml").read_text())
+    where = data.draw(st.sampled_from([place for place in places(found) if place]))
+    inside = found
+    for key in where[:-1]:
+        inside = inside[key]
+    if data.draw(st.booleans()):
+        inside[where[-1]] = value
+    else:
+        del inside[where[-1]]
+    refusal = ""
+    try:
+        assert plan.planned("study", found).jobs[-1].name == "report"
+    except FastconError as error:
+        refusal = str(error)
+    assert "\n" not in refusal.replace(str(value), "")

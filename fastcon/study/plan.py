@@ -82,9 +82,14 @@ def load(file: str, overlays: Sequence[str] = (), data: str | None = None) -> St
     for overlay in overlays:
         found = _merged(found, _read(_path(overlay)))
     name = "-".join([Path(file).stem, *(Path(overlay).stem for overlay in overlays)])
+    return planned(name, found, data)
+
+
+def planned(name: str, found: dict[str, Any], data: str | None = None) -> Study:
+    """A study of which the TOML is read already. Raises FastconError."""
     try:
         return _Planner(name, found, data).study()
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise FastconError(f"{name}: a value is of another kind than it should be ({error}): see the README") from error
 
 
