@@ -458,3 +458,16 @@ def test_any_study_is_planned_or_refused_in_one_line(data, name, value):
     except FastconError as error:
         refusal = str(error)
     assert "\n" not in refusal.replace(str(value), "")
+
+
+def test_what_a_finished_command_is_reported_by(tmp_path):
+    """Its result, not a note that came after it; of a failure the very last line, which is the error."""
+    from fastcon.study.engine import _last_line
+
+    log = tmp_path / "x.log"
+    log.write_text("fastcon: 12 classes\nruns/x: 97.00% of 600 test images\nfastcon: to be faster: --threads 2\n\n")
+    assert _last_line(log, besides="fastcon: ") == "runs/x: 97.00% of 600 test images"
+    assert _last_line(log) == "fastcon: to be faster: --threads 2"
+    log.write_text("fastcon: only notes\n")
+    assert _last_line(log, besides="fastcon: ") == "fastcon: only notes"
+    assert _last_line(tmp_path / "none.log") == "it said nothing"

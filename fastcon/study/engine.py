@@ -195,7 +195,8 @@ def _say_done(folder: Path, study: Study, done: set[str], say: Callable[[str], N
     for job in study.jobs:
         if job.name not in done and (folder / job.result).exists():
             done.add(job.name)
-            say(f"[{len(done)}/{len(study.jobs)}] {job.name}: {_last_line(folder / 'jobs' / f'{job.name}.log')}")
+            log = folder / "jobs" / f"{job.name}.log"
+            say(f"[{len(done)}/{len(study.jobs)}] {job.name}: {_last_line(log, besides='fastcon: ')}")
 
 
 def _what_failed(folder: Path, study: Study) -> str:
@@ -206,9 +207,11 @@ def _what_failed(folder: Path, study: Study) -> str:
     return f"Snakemake failed: {_last_line(folder / 'snakemake.log')} ({folder / 'snakemake.log'})"
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Path, besides: str | None = None) -> str:
+    """The last line of a log; besides: notes that begin so are passed over, as long as there are others."""
     try:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
+    lines = [line for line in lines if besides is None or not line.startswith(besides)] or lines
     return lines[-1].strip() if lines else "it said nothing"
