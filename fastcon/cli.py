@@ -622,53 +622,15 @@ _tuning = _options(
 @_precision
 @_indexing
 @_common
-def teach(
-    train_images: tuple[str, ...],
-    test_images: tuple[str, ...],
-    holdout: float | None,
-    split: str,
-    split_seed: int,
-    task: str | None,
-    init: str,
-    out: str,
-    lr_grid: str,
-    epochs: int,
-    batch_size: int,
-    size: int | None,
-    head: str,
-    scale: tuple[float, float],
-    seed: int,
-    device: str,
-    precision: str,
-    loader: str,
-    threads: int | None,
-    trust_images: bool,
-    strict: bool,
-    json_file: str | None,
-) -> None:
+def teach(init: str, out: str, size: int | None, json_file: str | None, **given: Any) -> None:
     """Fine-tune a MODEL into a task-specific teacher. Running it again resumes; the run is a MODEL.
 
     \b
     fastcon teach --train birds/ --holdout 0.5 --split t --init torchvision:resnet50@IMAGENET1K_V2 --out runs/birds
     """
     from fastcon import finetune as stage
-    from fastcon import models
-    from fastcon.precompute import Settings
 
-    grid = _floats(lr_grid, "--lr-grid")
-    chosen = models.choose_device(device)
-    settings = Settings(128, chosen, loader, threads, models.choose_precision(precision, chosen, training=False))
-    train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
-    options = stage.Options(
-        head=head,
-        lr_grid=tuple(grid),
-        epochs=epochs,
-        batch_size=batch_size,
-        scale=scale,
-        seed=seed,
-        precision=precision,
-    )
-    data = _data_record(train_images, test_images, holdout, split, split_seed, task)
+    train_set, test_set, options, settings, data = _fine_tuning(**given)
     bar = _Bar("teach", "steps")
     result = stage.teach(init, train_set, test_set, out, options, settings, size, data, say=_note, progress=bar)
     bar.close()
@@ -701,28 +663,12 @@ def teach(
 @_common
 def finetune(
     backbone: str,
-    train_images: tuple[str, ...],
-    test_images: tuple[str, ...],
-    holdout: float | None,
-    split: str,
-    split_seed: int,
-    task: str | None,
     out: str,
-    lr_grid: str,
+    size: int | None,
     shots: int | None,
     trials: int | None,
-    epochs: int,
-    batch_size: int,
-    size: int | None,
-    scale: tuple[float, float],
-    seed: int,
-    device: str,
-    precision: str,
-    loader: str,
-    threads: int | None,
-    trust_images: bool,
-    strict: bool,
     json_file: str | None,
+    **given: Any,
 ) -> None:
     """Accuracy of a BACKBONE (a MODEL) fine-tuned on a downstream task. Running it again resumes.
 
@@ -731,27 +677,12 @@ def finetune(
     fastcon finetune runs/student --train birds/ --holdout 0.5 --split d --shots 5 --out runs/student-on-few-birds
     """
     from fastcon import finetune as stage
-    from fastcon import models
-    from fastcon.precompute import Settings
     from fastcon.run import origin
 
     if trials is not None and shots is None:
         raise UsageError("--trials counts draws of --shots images a class: give --shots, too")
-    grid = _floats(lr_grid, "--lr-grid")
-    chosen = models.choose_device(device)
-    settings = Settings(128, chosen, loader, threads, models.choose_precision(precision, chosen, training=False))
-    train_set, test_set = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
-    options = stage.Options(
-        lr_grid=tuple(grid),
-        epochs=epochs,
-        batch_size=batch_size,
-        scale=scale,
-        seed=seed,
-        precision=precision,
-        milestones=stage.DOWNSTREAM,
-    )
+    train_set, test_set, options, settings, data = _fine_tuning(**given, milestones=stage.DOWNSTREAM)
     count = 1 if shots is None else trials or 5
-    data = _data_record(train_images, test_images, holdout, split, split_seed, task)
     bar = _Bar("finetune", "steps")
     result = stage.finetune(
         backbone, train_set, test_set, out, options, settings, size, data, shots, count, say=_note, progress=bar
@@ -763,11 +694,11 @@ def finetune(
             "backbone": backbone,
             **origin(backbone),
             **data,
-            "seed": seed,
+            "seed": options.seed,
             "shots": shots,
             "trials": count,
-            "epochs": epochs,
-            "lr_grid": grid,
+            "epochs": options.epochs,
+            "lr_grid": list(options.lr_grid),
             "seconds": bar.seconds,
             **result,
         },
@@ -1172,6 +1103,34 @@ def _labelled(
     train_set = _index(train, trust, strict)
     test_set = _index(test, trust, strict) if test else None
     return splits.labelled(train_set, test_set, holdout, split, split_seed)
+
+
+def _fine_tuning(
+    train_images: tuple[str, ...],
+    test_images: tuple[str, ...],
+    holdout: float | None,
+    split: str,
+    split_seed: int,
+    task: str | None,
+    device: str,
+    loader: str,
+    threads: int | None,
+    trust_images: bool,
+    strict: bool,
+    lr_grid: str,
+    **hyperparameters: Any,
+) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    """Of teach and finetune: training and test images, finetune.Options, Settings, and the record of the data."""
+    from fastcon import finetune, models
+    from fastcon.precompute import Settings
+
+    options = finetune.Options(lr_grid=tuple(_floats(lr_grid, "--lr-grid")), **hyperparameters)
+    chosen = models.choose_device(device)
+    used = models.choose_precision(options.precision, chosen, training=False)
+    parts = _labelled(train_images, test_images, holdout, split, split_seed, trust_images, strict)
+    _note(f"{len(parts[0].classes)} classes, {len(parts[0]):,} training and {len(parts[1]):,} test images")
+    data = _data_record(train_images, test_images, holdout, split, split_seed, task)
+    return *parts, options, Settings(128, chosen, loader, threads, used), data
 
 
 def _data_record(

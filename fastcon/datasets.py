@@ -1,7 +1,8 @@
 """Named data sets as IMAGES: data:NAME?root=…&part=…, torchvision:NAME?…, rendered:NAME?…  → files and labels.
 
 `data:` reads the official files of the paper's data sets as they are published, unpacked into `root`; `torchvision:` is any
-data set of torchvision; `rendered:` are images that fastcon draws itself, for trying things out. Nothing is downloaded.
+data set of torchvision; `rendered:` are images that fastcon draws itself, for trying things out. Nothing is
+downloaded, unless torchvision is asked to (&download=True).
 """
 
 from __future__ import annotations

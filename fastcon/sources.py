@@ -146,7 +146,7 @@ class _Reader:
 
     def read(self, source: str) -> None:
         if datasets.has_scheme(source):
-            self._named(source)
+            self._data_set(source)
             return
         for path in _expand(source):
             if path.is_dir():
@@ -199,7 +199,7 @@ class _Reader:
             else:
                 self.listing.add(item.name, -1, item.size, labels)
 
-    def _named(self, source: str) -> None:
+    def _data_set(self, source: str) -> None:
         files = datasets.resolve(source)
         if isinstance(files, Path):
             self.read(str(files))

@@ -27,6 +27,10 @@ LARGEST_KL = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 2e-2}
 """Mean KL(stored || computed) at T = 2 in nats that the precision of the computation explains."""
 
 
+Damaged = list[tuple[bake.Place, str]]
+"""Chunks or shards, each with what is wrong."""
+
+
 @dataclasses.dataclass
 class Check:
     """One line of the table: what was checked, whether it holds, and what was seen."""
@@ -62,13 +66,14 @@ def verify(
             checks.append(_baked(store, manifest, rows, settings, seed))
     checks.append(_pixels(store, manifest, settings))
     for name in store.teachers:
-        if repair:
+        whole, usable, damaged = _whole(store, name)
+        if repair and damaged:
             try:
-                _repair(store, manifest, name, settings)
+                _repair(store, manifest, name, damaged, settings)
             except FastconError as error:
                 checks.append(Check(f"{name}: repair", False, str(error)))
             store = Store(path)
-        whole, usable = _whole(store, name)
+            whole, usable, _ = _whole(store, name)
         checks.append(whole)
         if "weights_bytes" in store.teachers[name]:
             checks.append(_weights(store, name))
@@ -125,7 +130,7 @@ def _images(store: Store) -> Check:
     return Check("images", True, f"{store.rows:,} images, digest {store.record['images']['digest'][:12]}")
 
 
-def _damaged_shards(store: Store) -> list[tuple[bake.Place, str]]:
+def _damaged_shards(store: Store) -> Damaged:
     damaged = []
     for view, chunk in np.argwhere(store.baked()):
         try:
@@ -140,13 +145,18 @@ def _shards(store: Store) -> Check:
         damaged, unwritten = _damaged_shards(store), bake.missing(store, store.views)
     except FastconError as error:
         return Check("shards", False, str(error))
+    return Check("shards", not damaged and not unwritten, _counted(store, "shards", damaged, unwritten, "written"))
+
+
+def _counted(store: Store, what: str, damaged: Damaged, unfinished: list[bake.Place], done: str) -> str:
+    """How many chunks or shards are whole, not done yet, damaged, and how the first of those is."""
     total = store.views * store.chunks
-    seen = f"{total - len(damaged) - len(unwritten)} of {total} shards whole"
-    if unwritten:
-        seen += f", {len(unwritten)} not written yet"
+    seen = f"{total - len(damaged) - len(unfinished)} of {total} {what} whole"
+    if unfinished:
+        seen += f", {len(unfinished)} not {done} yet"
     if damaged:
         seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-    return Check("shards", not damaged and not unwritten, seen)
+    return seen
 
 
 def _baked(store: Store, manifest: Manifest, rows: int, settings: Settings, seed: int) -> Check:
@@ -212,9 +222,6 @@ def _pixels(store: Store, manifest: Manifest, settings: Settings) -> Check:
     return Check("pixels", True, warning or "the sample rows decode to the recorded pixels, bit for bit")
 
 
-Damaged = list[tuple[bake.Place, str]]
-
-
 def _chunks(store: Store, name: str) -> tuple[Damaged, list[bake.Place]]:
     """Chunks that are damaged, each with what is wrong, and those that are not computed yet."""
     damaged: Damaged = []
@@ -227,19 +234,17 @@ def _chunks(store: Store, name: str) -> tuple[Damaged, list[bake.Place]]:
     return damaged, [(int(view), int(chunk)) for view, chunk in np.argwhere(~done)]
 
 
-def _whole(store: Store, name: str) -> tuple[Check, bool]:
-    """What is there of a teacher, and whether a sample can be drawn: some rows are there and none is damaged."""
+def _whole(store: Store, name: str) -> tuple[Check, bool, list[bake.Place]]:
+    """What is there of a teacher, whether a sample can be drawn (some rows are there, none damaged), damaged chunks."""
     try:
         damaged, unfinished = _chunks(store, name)
     except FastconError as error:
-        return Check(f"{name}: chunks", False, str(error)), False
-    total = store.views * store.chunks
-    seen = f"{total - len(damaged) - len(unfinished)} of {total} chunks whole"
-    if unfinished:
-        seen += f", {len(unfinished)} not computed yet"
-    if damaged:
-        seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-    return Check(f"{name}: chunks", not damaged and not unfinished, seen), not damaged and len(unfinished) < total
+        return Check(f"{name}: chunks", False, str(error)), False, []
+    check = Check(
+        f"{name}: chunks", not damaged and not unfinished, _counted(store, "chunks", damaged, unfinished, "computed")
+    )
+    usable = not damaged and len(unfinished) < store.views * store.chunks
+    return check, usable, [place for place, _ in damaged]
 
 
 def _teacher(store: Store, name: str) -> Teacher:
@@ -332,11 +337,8 @@ def _require_same_machine(store: Store, manifest: Manifest, settings: Settings, 
     precompute.check_pixels(store, manifest, settings, exact=True)
 
 
-def _repair(store: Store, manifest: Manifest, name: str, settings: Settings) -> None:
-    """Compute a teacher's damaged chunks again, if there are any."""
-    places = [place for place, _ in _chunks(store, name)[0]]
-    if not places:
-        return
+def _repair(store: Store, manifest: Manifest, name: str, places: list[bake.Place], settings: Settings) -> None:
+    """Compute a teacher's damaged chunks again."""
     teacher = _teacher(store, name)
     _require_same_machine(store, manifest, settings, store.teachers[name]["device"])
     settings = _as_computed(store, name, settings)

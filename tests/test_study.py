@@ -471,3 +471,9 @@ def test_what_a_finished_command_is_reported_by(tmp_path):
     log.write_text("fastcon: only notes\n")
     assert _last_line(log, besides="fastcon: ") == "fastcon: only notes"
     assert _last_line(tmp_path / "none.log") == "it said nothing"
+
+
+def test_two_teachers_of_one_name_are_refused(tiny):
+    tiny.write_text(TINY + '[[teachers]]\ndata = ["shapes", "cars196"]\nname = "same"\n')
+    with pytest.raises(FastconError, match="two teachers are called 'same': name them apart"):
+        study.load(str(tiny), data="/data")

@@ -1,4 +1,4 @@
-"""Results people look at: `probe` and `evaluate` JSON, RUN folders, CSV tables → tables, tally, figures, one page."""
+"""Results people look at: `probe`, `finetune` and `evaluate` JSON, RUN folders, CSV tables → tables, tally, figures, one page."""
 
 from fastcon.report.page import write_report
 

@@ -112,7 +112,7 @@ class Results:
 
 
 def read(paths: Sequence[str], generalist: str | None = None) -> Results:
-    """Read RESULTS: .csv, .json of probe or evaluate, RUN folders. generalist: the label that is the generalist.
+    """Read RESULTS: .csv, .json of probe, finetune or evaluate, RUN folders. generalist: the label that is the generalist.
 
     Raises FastconError for what is none of these, and for results that contradict each other.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import statistics
 import time
@@ -67,11 +68,20 @@ def _size(sources: list[str], share: float) -> float | None:
         if source.startswith("data:"):
             total += datasets.published(source)
         else:
-            try:
-                total += len(read([source]).size)
-            except (FastconError, OSError):
+            listed = _listed(source)
+            if listed is None:
                 return None
+            total += listed
     return total * share
+
+
+@functools.cache
+def _listed(source: str) -> int | None:
+    """How many images a source lists; None where it is not there."""
+    try:
+        return len(read([source]).size)
+    except (FastconError, OSError):
+        return None
 
 
 def _images(passes: tuple[tuple[str, str, float], ...], sizes: dict[str, float | None]) -> float:

@@ -156,7 +156,10 @@ class _Planner:
 
     def study(self) -> Study:
         """Everything, in an order in which it could be run."""
-        teachers = {teacher.name: teacher for teacher in self._teachers()}
+        teachers: dict[str, _Teacher] = {}
+        for teacher in self._teachers():
+            if teachers.setdefault(teacher.name, teacher) is not teacher:
+                raise FastconError(f"{self._name}: two teachers are called {teacher.name!r}: name them apart")
         students = list(self._students(teachers))
         for model in dict.fromkeys([self._generalist, *(teacher.model for teacher in teachers.values())]):
             self._train_model(model)
@@ -176,7 +179,7 @@ class _Planner:
         if twice:
             raise FastconError(f"{self._name}: two jobs are called {twice!r}: give one a name of its own")
         title = str(self._found.get("title", self._name))
-        return Study(self._name, title, self._jobs, self._sets, int(self._option("precompute", "size", 224)))
+        return Study(self._name, title, self._jobs, self._sets, int(self._of("precompute").get("size", 224)))
 
     # names → what they stand for
 
@@ -256,9 +259,6 @@ class _Planner:
         """What a task is called in reports: its data set, and its split where the study looks at several."""
         several = len(self._splits.get(data, [])) > 1 and split in self._splits[data]
         return f"{data}:{split}" if several else data
-
-    def _option(self, command: str, key: str, default: Any) -> Any:
-        return _table(self._options, command).get(key, default)
 
     def _of(self, command: str) -> dict[str, Any]:
         """Options of a command: every command's, then its own."""
@@ -351,8 +351,8 @@ class _Planner:
         sources = self._data(proxy)["train"]
         self._sets[f"{proxy} proxy"] = (sources, 1.0)
         used = list(dict.fromkeys(name for student in students for name in student.teachers))
-        views = int(self._option("precompute", "views", 4))
-        options = self._of("precompute") | {"views": views}
+        options = {"views": 4} | self._of("precompute")
+        views = int(options["views"])
         command = ["precompute", *sources, "--store", f"stores/{proxy}", *_flags(options)]
         command += ["--generalist", f"{self._generalist}={self._spec(self._generalist)}"]
         for name in used:
