@@ -477,3 +477,20 @@ def test_two_teachers_of_one_name_are_refused(tiny):
     tiny.write_text(TINY + '[[teachers]]\ndata = ["shapes", "cars196"]\nname = "same"\n')
     with pytest.raises(FastconError, match="two teachers are called 'same': name them apart"):
         study.load(str(tiny), data="/data")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_joins_leaves_the_store_and_the_students_of_others_as_they_are(tmp_path):
+    file, out = tmp_path / "full.toml", tmp_path / "out"
+    file.write_text(FULL)
+    run(file, out)
+    student = (out / "runs/consolidate-shapes/student.safetensors").read_bytes()
+    more = '[data.more]\ntrain = "rendered:shapes?classes=20-27&images=12"\nholdout = 0.5\n[options]'
+    text = FULL.replace("[options]", more).replace('data = "shapes"', 'data = ["shapes", "more"]')
+    file.write_text(text.replace('teachers = ["shapes"]', 'teachers = [["shapes"], ["more"]]'))
+    run(file, out)
+    assert json.loads((out / "jobs/precompute-proxy.json").read_text())["rows_computed"] == 64  # of the new teacher
+    assert not (out / "stores/proxy.old").exists()
+    assert not (out / "runs/consolidate-shapes.old").exists()
+    assert (out / "runs/consolidate-shapes/student.safetensors").read_bytes() == student
+    assert (out / "runs/consolidate-more/student.safetensors").exists()
