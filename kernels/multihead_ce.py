@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import threading
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Segments:
         if not set(self.kinds) <= set(KINDS):
             raise ValueError(f"unknown head kind in {self.kinds}: it is one of {', '.join(KINDS)}")
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """Columns that a row of logits needs: the end of the last head."""
         return max(offset + width for offset, width in zip(self.offsets, self.widths, strict=True))
@@ -57,14 +58,31 @@ class Segments:
         """The largest of 1, 2, 4 and 8 that divides every offset and width: how far loads may be taken together."""
         return math.gcd(8, *self.offsets, *self.widths)
 
+    @functools.cached_property
+    def alike(self) -> list[slice]:
+        """Runs of heads of one width, kind and T that lie side by side: [B, k * C] of logits are then [B, k, C]."""
+        runs = [0]
+        for head in range(1, len(self.widths)):
+            before = (self.offsets[head - 1] + self.widths[head - 1], self.widths[head - 1])
+            before += (self.kinds[head - 1], self.temperatures[head - 1])
+            if before != (self.offsets[head], self.widths[head], self.kinds[head], self.temperatures[head]):
+                runs.append(head)
+        return [slice(a, b) for a, b in itertools.pairwise([*runs, len(self.widths)])]
+
     @functools.cache  # noqa: B019 - tables are few, and live as long as the run that trains with them
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The table as tensors on `device`: int64 [H, 3] offset, width, kind; float32 [H, 2] lambda, T."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The table as tensors on `device`: int64 [H, 3] offset, width, kind; float32 [H, 2] lambda, T; [H, 1] slope.
+
+        The slope is what a difference of probabilities is multiplied with in the gradient: lambda / T, over the width
+        for a sigmoid head.
+        """
         places = [self.offsets, self.widths, [KINDS[kind] for kind in self.kinds]]
-        factors = [self.weights, self.temperatures]
+        table = zip(self.widths, self.weights, self.temperatures, self.kinds, strict=True)
+        slopes = [[weight / t / (width if kind == "sigmoid" else 1)] for width, weight, t, kind in table]
         return (
             torch.tensor(places, dtype=torch.int64).T.contiguous().to(device),
-            torch.tensor(factors, dtype=torch.float32).T.contiguous().to(device),
+            torch.tensor([self.weights, self.temperatures], dtype=torch.float32).T.contiguous().to(device),
+            torch.tensor(slopes, dtype=torch.float32, device=device),
         )
 
 
@@ -92,7 +110,8 @@ class MultiHeadLoss(NamedTuple):
     entropies: Tensor
     """[B, H] entropy of the teacher at T; losses - entropies is KL(teacher || student)."""
     agreement: Tensor
-    """[B, H] 1 where teacher and student have the same argmax (sigmoid: share of labels of equal sign)."""
+    """[B, H] 1 where a class has the largest logit of both, the teacher's and the student's (sigmoid: the share of labels
+    of equal sign)."""
 
 
 def multihead_cross_entropy(
@@ -140,10 +159,13 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.rows = len(student)
         ctx.mark_non_differentiable(losses, entropies, agreement)
+        ctx.set_materialize_grads(False)
         return total, losses, entropies, agreement
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple:
+        if grad_total is None:
+            return None, None, None, None, None
         # The stored gradient is lambda/T (p_s - p_t), of order one: dividing by B only here, where a
         # loss scale has come in, keeps it from underflowing in float16.
         (gradient,) = ctx.saved_tensors
@@ -159,78 +181,65 @@ def losses_and_gradient_torch(
     float32 (float64 for float64 logits).
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    _, factors, slopes = (part.to(dtype) for part in segments.on(student.device))
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
     statistics = torch.empty(3, len(student), len(segments.widths), dtype=dtype, device=student.device)
-    table = zip(segments.offsets, segments.widths, segments.weights, segments.temperatures, segments.kinds, strict=True)
-    for number, (offset, width, weight, temperature, kind) in enumerate(table):
-        columns = slice(offset, offset + width)
-        head = _softmax_head if kind == "softmax" else _sigmoid_head
-        step = max(BLOCK // width, 1)
-        scratch = _scratch(4 * min(step, len(student)) * width, dtype, student.device).view(4, -1, width)
+    for heads in segments.alike:
+        offset, width, kind = (column[heads.start] for column in (segments.offsets, segments.widths, segments.kinds))
+        temperature, count = segments.temperatures[heads.start], heads.stop - heads.start
+        columns = slice(offset, offset + count * width)
+        take = _softmax_heads if kind == "softmax" else _sigmoid_heads
+        step = max(BLOCK // (count * width), 1)
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
-            z_s, z_t, *rest = scratch[:, : len(student[rows])]
-            z_s.copy_(student[rows, columns])
-            if isinstance(teacher, QuantisedLogits):
-                z_t.copy_(QuantisedLogits(*(part[rows] for part in teacher)).head(number, columns))
-            else:
-                z_t.copy_(teacher[rows, columns])
-            out = None if gradient is None else gradient[rows, columns]
-            values = head(z_s.mul_(1 / temperature), z_t.mul_(1 / temperature), *rest, weight / temperature, out)
-            for kept, value in zip(statistics, values, strict=True):
-                kept[rows, number] = value
+            # Rows come first, so that threads, which share out an operation by its first dimension, keep to their rows.
+            z, p = _scratch(2, len(student[rows]), 2, count, width, dtype=dtype, device=student.device)
+            z[:, 0].copy_(student[rows, columns].unflatten(1, (count, width)))
+            for head in range(count) if isinstance(teacher, QuantisedLogits) else ():
+                part = slice(offset + head * width, offset + (head + 1) * width)
+                z[:, 1, head].copy_(QuantisedLogits(*(x[rows] for x in teacher)).head(heads.start + head, part))
+            if not isinstance(teacher, QuantisedLogits):
+                z[:, 1].copy_(teacher[rows, columns].unflatten(1, (count, width)))
+            z.mul_(1 / temperature)
+            take(z, p, statistics[:, rows, heads])
+            if gradient is not None:
+                out = gradient[rows, columns].unflatten(1, (count, width))
+                torch.mul(p[:, 0].sub_(p[:, 1]), slopes[heads], out=out)
     losses, entropies, agreement = statistics
-    total = (losses.mean(0) * segments.on(student.device)[1][:, 0].to(dtype)).sum()
-    return total, losses, entropies, agreement, gradient
+    return losses.mean(0) @ factors[:, 0], losses, entropies, agreement, gradient
 
 
-BLOCK = 1 << 18
+BLOCK = 1 << 20
 """Elements that the twin takes at a time: bounds its memory."""
 
 _kept = threading.local()
 
 
-def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of this thread's, kept from call to call: on a CPU, fresh pages would cost more than the arithmetic."""
-    key = (dtype, device)
+    key, elements = (dtype, device), math.prod(shape)
     held = vars(_kept).setdefault("memory", {})
     if key not in held or len(held[key]) < elements:
         held[key] = torch.empty(elements, dtype=dtype, device=device)
-    return held[key][:elements]
+    return held[key][:elements].view(shape)
 
 
-def _softmax_head(
-    z_s: Tensor, z_t: Tensor, p_t: Tensor, scratch: Tensor, factor: float, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    z_s.sub_(z_s.amax(1, keepdim=True))
-    z_t.sub_(z_t.amax(1, keepdim=True))
-    agreement = (_argmax(z_s) == _argmax(z_t)).to(z_s.dtype)
-    torch.exp(z_t, out=p_t)
-    sum_t = p_t.sum(1, keepdim=True)
-    p_t.div_(sum_t)
-    entropy = sum_t.log().squeeze(1) - torch.mul(p_t, z_t, out=scratch).sum(1)
-    cross = torch.mul(p_t, z_s, out=scratch).sum(1)
-    sum_s = z_s.exp_().sum(1, keepdim=True)
-    if gradient is not None:
-        torch.sub(z_s.mul_(factor / sum_s), p_t, alpha=factor, out=gradient)
-    return sum_s.log().squeeze(1) - cross, entropy, agreement
+def _softmax_heads(z: Tensor, p: Tensor, out: Tensor) -> None:
+    """z: student and teacher logits over T [B, 2, k, C], overwritten; p: gets their probabilities; out: [3, B, k].
+
+    log sum exp(z - max z) is -log of the largest probability: no pass over the logits of its own.
+    """
+    z.sub_(z.amax(3, keepdim=True))
+    torch.softmax(z, 3, out=p)
+    torch.eq(torch.add(z[:, 0], z[:, 1]).amax(2), 0, out=out[2])
+    torch.neg(p.amax(3).log_().add_(z.mul_(p[:, 1:]).sum(3)), out=out[:2].transpose(0, 1))
 
 
-def _argmax(z: Tensor) -> Tensor:
-    # NumPy's is ten times as fast as PyTorch's on a CPU; both name the first of equals.
-    return torch.from_numpy(z.numpy().argmax(1)) if z.device.type == "cpu" else z.argmax(1)
-
-
-def _sigmoid_head(
-    z_s: Tensor, z_t: Tensor, p_t: Tensor, scratch: Tensor, factor: float, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Each logit is a two-class softmax of (z, 0); the loss is the mean over labels.
-    softplus = torch.nn.functional.softplus
-    torch.sigmoid(z_t, out=p_t)
-    agreement = ((z_s > 0) == (z_t > 0)).to(z_s.dtype).mean(1)
-    loss, entropy = ((softplus(z) - torch.mul(p_t, z, out=scratch)).mean(1) for z in (z_s, z_t))
-    if gradient is not None:
-        torch.sub(z_s.sigmoid_(), p_t, out=scratch)
-        gradient.copy_(scratch.mul_(factor / z_s.shape[1]))
-    return loss, entropy, agreement
+def _sigmoid_heads(z: Tensor, p: Tensor, out: Tensor) -> None:
+    """As `_softmax_heads`; each logit is a two-class softmax of (z, 0), and the loss is the mean over labels."""
+    positive = z > 0
+    torch.mean((positive[:, 0] == positive[:, 1]).to(z.dtype), 2, out=out[2])
+    torch.sigmoid(z, out=p)
+    softplus = torch.nn.functional.softplus(z)
+    torch.mean(softplus.sub_(z.mul_(p[:, 1:])), 3, out=out[:2].transpose(0, 1))

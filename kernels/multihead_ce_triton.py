@@ -113,10 +113,7 @@ def _multihead_ce(
         z_t = _teacher(teacher_row, lanes, inside, float("-inf"), temperature, top, scale, QUANTISED)
         max_s = tl.max(z_s)
         max_t = tl.max(z_t)
-        # The first column of the largest value, as torch.argmax on ties.
-        best_s = tl.min(tl.where(z_s == max_s, lanes, BLOCK))
-        best_t = tl.min(tl.where(z_t == max_t, lanes, BLOCK))
-        agree = tl.where(best_s == best_t, 1.0, 0.0)
+        agree = tl.max(tl.where((z_s == max_s) & (z_t == max_t), 1.0, 0.0))
         e_s = tl.exp(z_s - max_s)
         e_t = tl.exp(z_t - max_t)
         sum_s = tl.sum(e_s)
@@ -133,21 +130,16 @@ def _multihead_ce(
         sum_t = 0.0
         dot_s = 0.0  # sum of exp(z_t - max_t) * z_s
         dot_t = 0.0  # sum of exp(z_t - max_t) * z_t
-        best_s = width
-        best_t = width
         for start in range(0, width, BLOCK):
             column = start + lanes
             inside = column < width
             z_s = _student(student_row, column, inside, float("-inf"), temperature)
             z_t = _teacher(teacher_row, column, inside, float("-inf"), temperature, top, scale, QUANTISED)
-            top_s = tl.max(z_s)
-            top_t = tl.max(z_t)
-            first_s = tl.min(tl.where(z_s == top_s, column, width))
-            first_t = tl.min(tl.where(z_t == top_t, column, width))
-            best_s = tl.where(top_s > max_s, first_s, best_s)
-            best_t = tl.where(top_t > max_t, first_t, best_t)
-            new_s = tl.maximum(max_s, top_s)
-            new_t = tl.maximum(max_t, top_t)
+            new_s = tl.maximum(max_s, tl.max(z_s))
+            new_t = tl.maximum(max_t, tl.max(z_t))
+            # Columns before can be the largest of both only while neither maximum has moved on.
+            before = tl.where((new_s == max_s) & (new_t == max_t), agree, 0.0)
+            agree = tl.maximum(before, tl.max(tl.where((z_s == new_s) & (z_t == new_t), 1.0, 0.0)))
             sum_s = sum_s * tl.exp(max_s - new_s) + tl.sum(tl.exp(z_s - new_s))
             shrink = tl.exp(max_t - new_t)
             e_t = tl.exp(z_t - new_t)
@@ -158,7 +150,6 @@ def _multihead_ce(
             max_t = new_t
         loss = max_s + tl.log(sum_s) - dot_s / sum_t
         entropy = max_t + tl.log(sum_t) - dot_t / sum_t
-        agree = tl.where(best_s == best_t, 1.0, 0.0)
         if GRADIENT:
             for start in range(0, width, BLOCK):
                 column = start + lanes
@@ -186,7 +177,7 @@ def losses_and_gradient(
     if torch.float64 in (student.dtype, values.dtype):
         raise ValueError("the Triton kernel computes in float32: give float64 logits to impl='torch'")
     student, values = _rows_contiguous(student), _rows_contiguous(values)
-    places, factors = segments.on(student.device)
+    places, factors, _ = segments.on(student.device)
     rows, heads = len(student), len(segments.widths)
     statistics = torch.empty(4, rows, heads, dtype=torch.float32, device=student.device)
     covered = sum(segments.widths) == student.shape[1]

@@ -20,6 +20,7 @@ LAYOUTS = {
     "two loads": [17000, 7],
     "aligned": [16, 1000, 8, 248],
     "eleven": [200, 98, 45, 251, 24, 228, 47, 51, 129, 100, 50],
+    "alike side by side": [40, 40, 40, 7, 7, 7, 40],
     "thirty-two": [5 + k for k in range(32)],
 }
 
@@ -164,11 +165,25 @@ def test_entropy_and_agreement(impl):
     assert (result.losses - result.entropies)[:20, 0].abs().max() < 1e-5  # equal logits: KL is zero
 
 
-def test_ties_agree_as_torch_does():
-    segments = Segments((0,), (4,), (1.0,), (1.0,), ("softmax",))
-    student, teacher = torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0, 5.0]])
-    for impl in IMPLEMENTATIONS:
-        assert multihead_cross_entropy(student, teacher, segments, impl).agreement.item() == 0
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("width", [40, 17000], ids=["in one pass", "in blocks"])
+def test_agreement_is_a_class_that_both_rank_first(impl, width):
+    end = width - 1
+    cases = [  # columns where the student's logits peak, with which height, and the teacher's; is it one of both?
+        ({3: 5.0}, {3: 5.0}, True),
+        ({end: 5.0}, {end: 5.0}, True),
+        ({3: 5.0, end: 4.0}, {3: 4.0, end: 5.0}, False),
+        ({3: 5.0, end: 6.0}, {3: 5.0}, False),  # agreed until the last block
+        ({3: 5.0, end: 5.0}, {end: 5.0}, True),  # of two equals, the one they share
+        ({3: 5.0, end: 5.0}, {20: 5.0}, False),
+    ]
+    student, teacher = torch.zeros(len(cases), width), torch.zeros(len(cases), width)
+    for row, (ours, theirs, _) in enumerate(cases):
+        for peaks, values in ((ours, student), (theirs, teacher)):
+            values[row, list(peaks)] = torch.tensor(list(peaks.values()))
+    segments = Segments((0,), (width,), (1.0,), (1.0,), ("softmax",))
+    found = multihead_cross_entropy(student, teacher, segments, impl).agreement[:, 0]
+    assert found.tolist() == [float(shared) for *_, shared in cases]
 
 
 def test_gradcheck():
