@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from fastcon import __version__
+from fastcon import __version__, memory
 from fastcon.errors import FastconError, Interrupted, UsageError
 
 FEW = 10
@@ -182,6 +182,7 @@ def main() -> None:
     torchvision:Flowers102?root=…&split=train. MODEL is torchvision:NAME[@WEIGHTS], timm:NAME[@pretrained],
     python:MODULE:FACTORY, a .safetensors file or the folder of a run; options follow a '?': ?size=64&mean=…&std=….
     """
+    memory.keep_freed()
 
 
 @main.command()
