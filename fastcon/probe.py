@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastcon import splits
 from fastcon.errors import FastconError
-from fastcon.solvers import SOLVERS, Scores, Solver
+from fastcon.solvers import SOLVERS, Fold, Scores, Solver
 from fastcon.workers import workers
 
 TRIALS = 50
@@ -135,15 +135,18 @@ def _side_by_side(run: Callable[[int], T], count: int) -> Iterator[T]:
 
 def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: list[float]) -> tuple[float, Scores]:
     """Choose C on the folds, fit on all rows, score the test rows [m, classes]."""
-    accuracy = np.zeros((len(np.unique(fold)), len(costs)))
-    for k, number in enumerate(np.unique(fold)):
-        inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        if labels.ndim == 1 and len(np.unique(labels[inside])) < 2:
-            raise FastconError(
-                "a fold of the training rows holds fewer than two classes: use fewer --folds or more --shots"
-            )
-        for c, scores in enumerate(fits.held_out(inside, outside, costs)):
-            accuracy[k, c] = _right(scores, labels[outside]).mean()
+    folds = [Fold(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in np.unique(fold)]
+    if labels.ndim == 1 and any(len(np.unique(labels[inside])) < 2 for inside, _ in folds):
+        raise FastconError(
+            "a fold of the training rows holds fewer than two classes: use fewer --folds or more --shots"
+        )
+    found = fits.held_out(folds, costs)
+    accuracy = np.array(
+        [
+            [_right(scores, labels[outside]).mean() for scores in of_fold]
+            for of_fold, (_, outside) in zip(found, folds, strict=True)
+        ]
+    )
     mean = accuracy.mean(0)
     best = int(np.argmax(mean >= mean.max() - 1e-12))  # the first: ties go to the smallest C
     return costs[best], fits.test(costs[: best + 1], test)

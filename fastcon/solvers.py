@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +21,20 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm
 
+TOGETHER = 1 << 16
+"""Coefficients of the problems that are solved at once, of several folds where they are few: more fall out of the cache."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
 Scores = NDArray[np.float64]
 Rows = NDArray[np.intp]
+
+
+class Fold(NamedTuple):
+    """Rows to train on, and the rows that are held out."""
+
+    inside: Rows
+    outside: Rows
 
 
 class Solver(Protocol):
@@ -34,8 +43,8 @@ class Solver(Protocol):
     gap: float | None
     """The largest relative duality gap of all its solutions so far; None where a solver does not say."""
 
-    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
-        """Train on the rows `inside`: decision values [m, K] of the rows `outside`, one array a C."""
+    def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
+        """Of every fold, train on its rows `inside`: decision values [m, K] of the rows `outside`, one array a C."""
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """Train on all rows with the last C (those before it may serve as starts): decision values [m, K] of `rows`."""
@@ -54,15 +63,35 @@ class Batched:
         else:
             self._rows = _tensor(train, np.float32)
 
-    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
+    def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver. Raises FastconError where an optimum is not reached."""
-        here, there = torch.from_numpy(inside), torch.from_numpy(outside)
         if self._gram is None:
-            scores = [_linear(weights.to(self._rows.dtype), self._rows[there]) for weights in self._primal(here, costs)]
-        else:
-            across = self._gram.matrix[there][:, here]
-            scores = [across @ beta.T for beta in self._dual(self._gram[here], here, costs)]
-        return [_decided(each.numpy(), self._labels[inside]) for each in scores]
+            return [self._held_out_primal(fold, costs) for fold in folds]
+        together = max(1, TOGETHER // (len(self._rows) * self._classes))
+        found: list[list[Scores]] = []
+        for at in range(0, len(folds), together):
+            found += self._held_out_dual(folds[at : at + together], costs)
+        return found
+
+    def _held_out_primal(self, fold: Fold, costs: list[float]) -> list[Scores]:
+        rows, wanted = self._rows[torch.from_numpy(fold.outside)], self._labels[fold.inside]
+        path = self._primal(torch.from_numpy(fold.inside), costs)
+        return [_decided(_linear(weights.to(rows.dtype), rows).numpy(), wanted) for weights in path]
+
+    def _held_out_dual(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
+        """Folds together: their problems are over the rows that any of them trains on."""
+        assert self._gram is not None
+        rows = np.unique(np.concatenate([fold.inside for fold in folds]))
+        used = torch.from_numpy(np.stack([np.isin(rows, fold.inside) for fold in folds])).double()
+        here = torch.from_numpy(rows)
+        signs = _signs(self._labels, self._classes)[:, here] * used[:, None]
+        path = self._dual(self._gram[here], signs.flatten(0, 1), costs)
+        found = []
+        for k, fold in enumerate(folds):
+            across = self._gram.matrix[here][:, torch.from_numpy(fold.outside)]
+            scores = [beta.view_as(signs)[k] @ across for beta in path]
+            found.append([_decided(each.T.numpy(), self._labels[fold.inside]) for each in scores])
+        return found
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver. Raises FastconError where an optimum is not reached."""
@@ -70,13 +99,12 @@ class Batched:
         if self._gram is None:
             weights = self._primal(everything, costs)[-1]
         else:
-            beta = self._dual(self._gram, everything, costs)[-1]
+            beta = self._dual(self._gram, _signs(self._labels, self._classes), costs)[-1]
             weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
         across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64)
         return _decided(_linear(weights.to(across.dtype), across).double().numpy(), self._labels)
 
-    def _dual(self, gram: svm.Gram, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
-        signs = _signs(self._labels, self._classes)[:, rows]
+    def _dual(self, gram: svm.Gram, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
         path: list[torch.Tensor] = []
         for cost in costs:
             path.append(self._certified(svm.solve, gram, signs, cost, path[-1] if path else None))
@@ -114,9 +142,9 @@ class Library:
             self._basis = np.linalg.qr(np.asarray(train, np.float64).T)[0]  # [D, n], orthonormal
         self._train = self._in_span(np.asarray(train, np.float64))
 
-    def held_out(self, inside: Rows, outside: Rows, costs: list[float]) -> list[Scores]:
+    def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver."""
-        return [self._scores(inside, cost, self._train[outside]) for cost in costs]
+        return [[self._scores(inside, cost, self._train[outside]) for cost in costs] for inside, outside in folds]
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver."""

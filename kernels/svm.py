@@ -1,4 +1,4 @@
-"""Batched linear SVMs: L2-regularised squared hinge, one-vs-rest, all classes of a Gram matrix together.
+"""Batched linear SVMs: L2-regularised squared hinge, one-vs-rest, all classes and folds of a Gram matrix together.
 
 Objective of each class, as liblinear's (with the intercept as one more, penalised, constant feature 1):
 
@@ -24,9 +24,10 @@ _GAP_AIM = 1e-5  # what we stop at
 _STEPS = 100
 _STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
-_RANK = 32  # of the preconditioner
+_RANK = 16  # of the preconditioner
+_INNER_LIMIT = 32
 _INNER_STEPS = 400
-_BLOCK = 1 << 16  # entries of the systems solved at once: more fall out of the cache
+_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # entries of the systems solved at once: more fall out of a CPU's cache
 _BISECTIONS = 24
 _LENGTHS = tuple(0.5**k for k in range(12))
 
@@ -59,7 +60,7 @@ class Gram(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Coefficients [K, n] of K problems over n rows, and the relative duality gap [K] of each."""
+    """Coefficients [P, n] of P problems over n rows, and the relative duality gap [P] of each."""
 
     beta: Tensor
     gap: Tensor
@@ -77,13 +78,14 @@ class NotConverged(ArithmeticError):
 
 
 def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -> Solution:
-    """Solve K one-vs-rest problems that share their rows.
+    """Solve P one-vs-rest problems over the rows of one Gram matrix: all classes, and all folds, together.
 
-    gram: of X X^T + 1 for an intercept. signs: float64 [K, n] of -1 and +1. cost: C. start: beta [K, n] of a nearby C.
+    gram: of X X^T + 1 for an intercept. signs: float64 [P, n] of -1 and +1, and 0 where a row is not in the problem, as
+    one that a fold holds out; its coefficient is 0. cost: C. start: beta [P, n] of a nearby C.
     Raises NotConverged rather than returning a solution whose gap is above 1e-4.
     """
     n, ridge = len(signs[0]), 1 / (2 * cost)
-    beta = _from_all_rows(gram, signs, ridge) if start is None else start.clone()
+    beta = _from_all_rows(gram, signs, ridge) if start is None else start
     if ridge > 2e-5 * float(gram.matrix.diagonal().mean()):  # else float32's error outweighs the ridge
         rough = _newton(gram, signs.float(), cost, beta.float(), _ROUGH_STEPS).beta.double()
         beta = torch.where(rough.isfinite().all(1, keepdim=True), rough, beta)
@@ -91,81 +93,116 @@ def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -
     if not bool((gap <= GAP).all()):
         worst = int(gap.argmax())
         raise NotConverged(
-            f"class {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n})"
+            f"problem {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n})"
         )
     return Solution(beta, gap)
 
 
+def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
+    """The primal objective of each problem [P]. scores: beta @ gram [P, n]."""
+    return 0.5 * (beta * scores).sum(1) + cost * _slack(signs, scores).square().sum(1)
+
+
 def duality_gap(gram: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
-    """(primal - dual) / primal of each problem [K]: how far from the optimum `beta` can be at most.
+    """(primal - dual) / primal of each problem [P]: how far from the optimum `beta` can be at most.
 
     The primal is taken at w = sum beta_i x_i, the dual at the nearest multipliers that are feasible, max(0, y beta).
-    scores: beta @ gram [K, n].
     """
-    square = (beta * scores).sum(1)
-    primal = 0.5 * square + cost * (1 - signs * scores).clamp_min(0).square().sum(1)
-    alpha = signs * beta
-    outside = (alpha.amin(1) < 0).nonzero()[:, 0]
-    alpha = alpha.clamp_min(0)
-    if len(outside):
-        feasible = (signs * alpha)[outside]
-        square[outside] = (feasible * (feasible @ gram)).sum(1)
-    return (primal - (alpha.sum(1) - 0.5 * square - alpha.square().sum(1) / (4 * cost))) / primal
+    return _Point.at(gram, signs, cost, beta, scores).gap
 
 
-def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
-    """The primal objective of each problem [K]."""
-    slack = (1 - signs * scores).clamp_min(0)
-    return 0.5 * (beta * scores).sum(1) + cost * slack.square().sum(1)
+def _slack(signs: Tensor, scores: Tensor) -> Tensor:
+    """max(0, 1 - y_i w.x_i) of the rows in each problem, 0 of the others [P, n]."""
+    return torch.addcmul(signs.abs(), signs, scores, value=-1).clamp_min_(0)
+
+
+class _Point(NamedTuple):
+    """Where P problems stand: coefficients, scores and slack [P, n], primal objective and relative duality gap [P]."""
+
+    beta: Tensor
+    scores: Tensor
+    slack: Tensor
+    primal: Tensor
+    gap: Tensor
+
+    @classmethod
+    def at(cls, matrix: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> _Point:
+        """At some coefficients; scores: beta @ matrix."""
+        slack = _slack(signs, scores)
+        square = (beta * scores).sum(1)
+        primal = 0.5 * square + cost * slack.square().sum(1)
+        alpha = signs * beta
+        outside = (alpha.amin(1) < 0).nonzero()[:, 0]
+        if len(outside):
+            alpha.clamp_min_(0)
+            feasible = (signs * alpha)[outside]
+            square[outside] = (feasible * (feasible @ matrix)).sum(1)
+        gap = (primal - (alpha.sum(1) - 0.5 * square - alpha.square().sum(1) / (4 * cost))) / primal
+        return cls(beta, scores, slack, primal, gap)
+
+    def of(self, problems: Tensor) -> _Point:
+        """Some of the problems."""
+        return _Point(*(part[problems] for part in self))
 
 
 def _from_all_rows(gram: Gram, signs: Tensor, ridge: float) -> Tensor:
-    """The solution if every row supported every class: one factor for all."""
-    system = gram.matrix + ridge * torch.eye(len(gram.matrix), dtype=signs.dtype, device=signs.device)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise NotConverged(f"K + I / 2C is not positive definite in float64 at 1 / 2C = {ridge:g} (n = {len(system)})")
-    return torch.cholesky_solve(signs.T, factor).T.contiguous()
+    """The solution if every row supported every class: one factor for all problems over the same rows."""
+    beta = torch.empty_like(signs)
+    inside, which = torch.unique_consecutive(signs.abs(), dim=0, return_inverse=True)
+    for number, rows in enumerate(inside):
+        system = gram.matrix * rows[:, None]
+        system.mul_(rows).diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            raise NotConverged(
+                f"K + I / 2C is not positive definite in float64 at 1 / 2C = {ridge:g} (n = {len(system)})"
+            )
+        beta[which == number] = torch.cholesky_solve(signs[which == number].T, factor).T
+    return beta
 
 
 def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) -> Solution:
     """Newton steps in the precision of `signs` and `beta` until every gap is small or `steps` are taken."""
     single = beta.dtype == torch.float32
     matrix, ridge = gram.rough if single else gram.matrix, 1 / (2 * cost)
-    scores = beta @ matrix
-    gap = duality_gap(matrix, signs, cost, beta, scores)
+    point = _Point.at(matrix, signs, cost, beta, beta @ matrix)
+    result, problems = Solution(beta.clone(), point.gap.clone()), torch.arange(len(beta), device=beta.device)
     for _ in range(steps):
-        open_ = (~(gap <= _GAP_AIM)).nonzero()[:, 0]  # also where it is not a number
-        if not len(open_):
-            break
-        y, b, s = signs[open_], beta[open_], scores[open_]
-        support = y * s < 1
-        kept = b * support
-        kept_scores = s if torch.equal(kept, b) else kept @ matrix
-        residual = (y - kept_scores - ridge * kept) * support
+        more = ~(point.gap <= _GAP_AIM)  # also where it is not a number
+        if not bool(more.all()):  # those that are finished leave
+            result.beta[problems], result.gap[problems] = point.beta, point.gap
+            still = more.nonzero()[:, 0]
+            problems, signs, point = problems[still], signs[still], point.of(still)
+            if not len(problems):
+                break
+        support = point.slack > 0
+        kept = point.beta * support
+        kept_scores = point.scores if torch.equal(kept, point.beta) else kept @ matrix
+        residual = torch.add(signs - kept_scores, kept, alpha=-ridge).mul_(support)
         if single and support.sum() > max(0.15 * support.shape[1], 48) * len(support):
             step = _conjugate_steps(gram, ridge, support, residual)
         else:
             step = _factored_steps(matrix, ridge, support, residual)
-        beta[open_], scores[open_] = _line_search(y, cost, b, s, kept + step, kept_scores + step @ matrix)
-        before, gap[open_] = gap[open_], duality_gap(matrix, y, cost, beta[open_], scores[open_])
-        if single and not bool((gap[open_] < before / 2).any()):
+        before = point.gap
+        point = _line_search(matrix, signs, cost, point, kept + step, torch.addmm(kept_scores, step, matrix))
+        if single and not bool((point.gap < before / 2).any()):
             break  # as far as float32 goes
-    return Solution(beta, gap)
+    result.beta[problems], result.gap[problems] = point.beta, point.gap
+    return result
 
 
 def _line_search(
-    signs: Tensor, cost: float, beta: Tensor, scores: Tensor, target: Tensor, goal: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Go from beta to target; where that is worse, to the best point on the way, as finite convergence needs it.
+    matrix: Tensor, signs: Tensor, cost: float, point: _Point, target: Tensor, goal: Tensor
+) -> _Point:
+    """Go to the target, which scores `goal`; where that is worse, to the best point on the way, as finite convergence needs.
 
-    scores and goal are what beta and target score. The objective along the way is convex: its slope's zero is bisected.
+    The objective along the way is convex: its slope's zero is bisected.
     """
-    now, reached = objective(signs, cost, beta, scores), objective(signs, cost, target, goal)
-    worse = (~(reached <= now)).nonzero()[:, 0]  # also where it is not a number
+    reached = _Point.at(matrix, signs, cost, target, goal)
+    worse = (~(reached.primal <= point.primal)).nonzero()[:, 0]  # also where it is not a number
     if not len(worse):
-        return target, goal
-    y, b, s = signs[worse], beta[worse], scores[worse]
+        return reached
+    y, b, s = signs[worse], point.beta[worse], point.scores[worse]
     along, across = target[worse] - b, goal[worse] - s
     failed = ~(along.isfinite() & across.isfinite()).all(1, keepdim=True)
     along, across = along.masked_fill(failed, 0), across.masked_fill(failed, 0)
@@ -173,15 +210,17 @@ def _line_search(
     length = torch.zeros_like(start)
     for k in range(1, _BISECTIONS):
         tried = length + 0.5**k
-        slack = (1 - y * (s + tried[:, None] * across)).clamp_min(0)
+        slack = _slack(y, torch.addcmul(s, tried[:, None], across))
         slope = start + tried * curve - 2 * cost * (y * across * slack).sum(1)
         length = torch.where(slope < 0, tried, length)
-    target[worse], goal[worse] = b + length[:, None] * along, s + length[:, None] * across
-    return target, goal
+    beta, scores = (torch.addcmul(a, length[:, None], b) for a, b in ((b, along), (s, across)))
+    for part, values in zip(reached, _Point.at(matrix, y, cost, beta, scores), strict=True):
+        part[worse] = values
+    return reached
 
 
 def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -> Tensor:
-    """(K + I/2C)_SS x = right over each problem's support, to a ten thousandth of the residual; zero elsewhere.
+    """(K + I/2C)_SS x = right over each problem's support, to a hundredth of the residual; zero elsewhere.
 
     Preconditioned with (F F^T + tau I)_SS, by Woodbury's formula from one r x r system a problem.
     """
@@ -194,25 +233,25 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
     inner.diagonal(dim1=1, dim2=2).add_(tau)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
 
-    def precondition(r: Tensor) -> Tensor:
+    def precondition(r: Tensor) -> Tensor:  # times tau, which conjugate gradients do not feel
         inside = torch.bmm(inverse, (r @ factor)[..., None])[..., 0]
-        return (r - (inside @ factor.T) * mask) / tau
+        return torch.addcmul(r, inside @ factor.T, mask, value=-1)
 
     solution = torch.zeros_like(right)
     residual = right.clone()
     direction = precondition(residual)
     product = (residual * direction).sum(1)
-    target = 1e-8 * residual.square().sum(1)
-    for _ in range(_RANK):
-        image = (direction @ matrix + ridge * direction) * mask
-        length = product / (direction * image).sum(1).clamp_min(1e-30)
-        solution += length[:, None] * direction
-        residual -= length[:, None] * image
+    target = 1e-4 * residual.square().sum(1)
+    for _ in range(_INNER_LIMIT):
+        image = torch.addmm(direction, direction, matrix, beta=ridge).mul_(mask)
+        length = (product / (direction * image).sum(1).clamp_min(1e-30))[:, None]
+        solution.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
         if bool((residual.square().sum(1) <= target).all()):
             break
         scaled = precondition(residual)
         renewed = (residual * scaled).sum(1)
-        direction = scaled + (renewed / product.clamp_min(1e-30))[:, None] * direction
+        direction = scaled.addcmul_((renewed / product.clamp_min(1e-30))[:, None], direction)
         product = renewed
     return solution
 
@@ -222,13 +261,13 @@ def _factored_steps(matrix: Tensor, ridge: float, support: Tensor, right: Tensor
     out = torch.zeros_like(right)
     counts, order = support.sum(1).sort()
     sizes, end = counts.tolist(), len(counts)
+    rows = support[order].to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     while end and sizes[end - 1]:
         size = sizes[end - 1]
-        begin = max(0, end - max(1, _BLOCK // size**2))
-        some = order[begin:end]
+        begin = max(0, end - max(1, _BLOCK[matrix.device.type] // size**2))
+        some, place = order[begin:end], rows[begin:end, :size]
         filler = torch.arange(size, device=matrix.device) >= counts[begin:end, None]
         end = begin
-        place = support[some].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
         blocks = matrix[place[:, :, None], place[:, None, :]]
         blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
         blocks.diagonal(dim1=1, dim2=2).add_(ridge).masked_fill_(filler, 1)
