@@ -548,6 +548,7 @@ def probe(
             seed=seed,
             ids=train_set.ids,
             classes=len(train_set.classes),
+            device=str(chosen),
             progress=bar,
         )
         bar.close()
@@ -930,14 +931,16 @@ def dedup(
 @main.command()
 @click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe"]))
 @_option(
-    "--images", default=None, help="Photos for loader and train (default: rendered ones); labelled IMAGES for probe."
+    "--images",
+    multiple=True,
+    help="Photos for loader and train (default: rendered ones); labelled IMAGES for probe, each a task (repeatable).",
 )
 @_option("--backbone", default=None, help="For probe: the MODEL whose features of --images are used too.")
 @_option("--store", default=None, help="For store: a store with float logits, whose codecs are compared.")
 @_option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one.")
 @_common
 def bench(
-    what: str, images: str | None, backbone: str | None, store: str | None, device: str, json_file: str | None
+    what: str, images: tuple[str, ...], backbone: str | None, store: str | None, device: str, json_file: str | None
 ) -> None:
     """Time fastcon against what a user would pick instead, on the same input, interleaved in one run.
 
@@ -950,7 +953,7 @@ def bench(
     import importlib
 
     takes = {"--images": ("loader", "train", "probe"), "--backbone": ("probe",), "--store": ("store",)}
-    takes |= {"--device": ("kernel", "loader", "train")}
+    takes |= {"--device": ("kernel", "loader", "train", "probe")}
     given = {"--images": images, "--backbone": backbone, "--store": store}
     given |= {"--device": None if device == "auto" else device}
     for name, benchmarks in takes.items():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastcon import splits
 from fastcon.errors import FastconError
+from fastcon.models import choose_device
 from fastcon.solvers import SOLVERS, Fold, Scores, Solver
 from fastcon.workers import workers
 
@@ -76,6 +77,7 @@ def few_shot(
     seed: int = 0,
     ids: NDArray[np.uint64] | None = None,
     classes: int | None = None,
+    device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
@@ -85,7 +87,8 @@ def few_shot(
     folds are random instead of stratified. shots: images a class (all of a smaller class), of a multi-label task images
     in all; None: all images, once. ids [n]: what the draws depend on besides the seed
     (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
-    (default: as many as labels occur). Raises FastconError.
+    (default: as many as labels occur). device: where the batched solver works: cpu, cuda …; auto: a GPU if there is one.
+    Raises FastconError.
     """
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
     if folds < 2 or trials < 1 or not c_grid or min(c_grid) <= 0 or (shots is not None and shots < 1):
@@ -93,6 +96,7 @@ def few_shot(
     if solver not in CHOICES:
         raise FastconError(f"no solver {solver!r}: there are {', '.join(CHOICES)}")
     ids = np.arange(len(labels), dtype=np.uint64) if ids is None else ids
+    place = choose_device(device)
     several = labels.ndim == 2
     classes = labels.shape[1] if several else max(classes or 0, int(max(labels.max(), test_labels.max())) + 1)
     smallest = len(labels) if several else int(np.bincount(labels)[np.unique(labels)].min())
@@ -108,13 +112,13 @@ def few_shot(
     def run(trial: int) -> tuple[float, float | None, NDArray[np.bool_]]:
         rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
-        fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes)
+        fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes, place)
         cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
         return cost, fits.gap, _right(scores, test_labels)
 
     count = trials if shots is not None else 1
     accuracies, chosen, per_class, gaps = [], [], [], []
-    for trial, (cost, gap, right) in enumerate(_side_by_side(run, count), 1):
+    for trial, (cost, gap, right) in enumerate(_in_order(run, count, place.type == "cpu"), 1):
         accuracies.append(float(right.mean()))
         chosen.append(cost)
         gaps.append(gap)
@@ -124,10 +128,10 @@ def few_shot(
     return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist(), gaps)
 
 
-def _side_by_side(run: Callable[[int], T], count: int) -> Iterator[T]:
-    """Trials in order, one a core."""
-    if count == 1:
-        yield run(0)
+def _in_order(run: Callable[[int], T], count: int, side_by_side: bool) -> Iterator[T]:
+    """Trials in order; side by side: one a core, as threads inside so small a problem gain little."""
+    if count == 1 or not side_by_side:
+        yield from map(run, range(count))
         return
     with workers(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(run, range(count))

@@ -21,8 +21,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm
 
-TOGETHER = 1 << 16
-"""Coefficients of the problems that are solved at once, of several folds where they are few: more fall out of the cache."""
+TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Coefficients of the problems that are solved at once, of several folds where they are few: more fall out of a CPU's cache."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
@@ -53,56 +53,60 @@ class Solver(Protocol):
 class Batched:
     """The certified solver: over the Gram matrix where rows are no more than features or 8,192, else in the primal."""
 
-    def __init__(self, train: NDArray, labels: NDArray, classes: int) -> None:
-        self._labels, self._classes = labels, classes
+    def __init__(self, train: NDArray, labels: NDArray, classes: int, device: str | torch.device = "cpu") -> None:
+        self._labels, self._classes, self._device = labels, classes, torch.device(device)
+        self._signs = _signs(labels, classes).to(self._device)
         self.gap: float | None = 0.0
         self._gram: svm.Gram | None = None
         if len(train) <= max(train.shape[1], GRAM_ROWS):
-            self._rows = _tensor(train, np.float64)
+            self._rows = _tensor(train, np.float64).to(self._device)
             self._gram = svm.Gram.of(self._rows @ self._rows.T + 1)
         else:
-            self._rows = _tensor(train, np.float32)
+            self._rows = _tensor(train, np.float32).to(self._device)
 
     def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver. Raises FastconError where an optimum is not reached."""
         if self._gram is None:
             return [self._held_out_primal(fold, costs) for fold in folds]
-        together = max(1, TOGETHER // (len(self._rows) * self._classes))
+        together = max(1, TOGETHER[self._device.type] // (len(self._rows) * self._classes))
         found: list[list[Scores]] = []
         for at in range(0, len(folds), together):
             found += self._held_out_dual(folds[at : at + together], costs)
         return found
 
     def _held_out_primal(self, fold: Fold, costs: list[float]) -> list[Scores]:
-        rows, wanted = self._rows[torch.from_numpy(fold.outside)], self._labels[fold.inside]
-        path = self._primal(torch.from_numpy(fold.inside), costs)
-        return [_decided(_linear(weights.to(rows.dtype), rows).numpy(), wanted) for weights in path]
+        rows, wanted = self._rows[self._there(fold.outside)], self._labels[fold.inside]
+        inside = self._there(fold.inside)
+        path = self._primal(self._rows[inside], self._signs[:, inside], costs)
+        return [_decided(_linear(weights.to(rows.dtype), rows).cpu().numpy(), wanted) for weights in path]
 
     def _held_out_dual(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """Folds together: their problems are over the rows that any of them trains on."""
         assert self._gram is not None
         rows = np.unique(np.concatenate([fold.inside for fold in folds]))
-        used = torch.from_numpy(np.stack([np.isin(rows, fold.inside) for fold in folds])).double()
-        here = torch.from_numpy(rows)
-        signs = _signs(self._labels, self._classes)[:, here] * used[:, None]
+        used = self._there(np.stack([np.isin(rows, fold.inside) for fold in folds]).astype(np.float64))
+        here = self._there(rows)
+        signs = self._signs[:, here] * used[:, None]
         path = self._dual(self._gram[here], signs.flatten(0, 1), costs)
         found = []
         for k, fold in enumerate(folds):
-            across = self._gram.matrix[here][:, torch.from_numpy(fold.outside)]
+            across = self._gram.matrix[here][:, self._there(fold.outside)]
             scores = [beta.view_as(signs)[k] @ across for beta in path]
-            found.append([_decided(each.T.numpy(), self._labels[fold.inside]) for each in scores])
+            found.append([_decided(each.T.cpu().numpy(), self._labels[fold.inside]) for each in scores])
         return found
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver. Raises FastconError where an optimum is not reached."""
-        everything = torch.arange(len(self._rows))
         if self._gram is None:
-            weights = self._primal(everything, costs)[-1]
+            weights = self._primal(self._rows, self._signs, costs)[-1]
         else:
-            beta = self._dual(self._gram, _signs(self._labels, self._classes), costs)[-1]
+            beta = self._dual(self._gram, self._signs, costs)[-1]
             weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
-        across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64)
-        return _decided(_linear(weights.to(across.dtype), across).double().numpy(), self._labels)
+        across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64).to(self._device)
+        return _decided(_linear(weights.to(across.dtype), across).double().cpu().numpy(), self._labels)
+
+    def _there(self, array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _dual(self, gram: svm.Gram, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
         path: list[torch.Tensor] = []
@@ -110,11 +114,10 @@ class Batched:
             path.append(self._certified(svm.solve, gram, signs, cost, path[-1] if path else None))
         return path
 
-    def _primal(self, rows: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
-        x, signs = self._rows[rows], _signs(self._labels, self._classes)[:, rows]
+    def _primal(self, rows: torch.Tensor, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
         path: list[torch.Tensor] = []
         for cost in costs:
-            path.append(self._certified(svm.solve_primal, x, signs, cost, path[-1] if path else None))
+            path.append(self._certified(svm.solve_primal, rows, signs, cost, path[-1] if path else None))
         return path
 
     def _certified(self, solve: Callable[..., tuple[torch.Tensor, torch.Tensor]], *problem: Any) -> torch.Tensor:
@@ -134,9 +137,9 @@ class Library:
     gap: float | None = None
 
     def __init__(self, fit: Callable[[NDArray, NDArray, float], Any], *draw: Any) -> None:
-        """fit: (rows [n, d], labels [n], C) → a model with `decision_function`. draw: train, labels, classes."""
+        """fit: (rows [n, d], labels [n], C) → a model with `decision_function`; it knows its device. draw: as `Batched`'s."""
         self._fit = fit
-        train, self._labels, self._classes = draw
+        train, self._labels, self._classes, *_ = draw
         self._basis = None
         if len(train) < train.shape[1]:
             self._basis = np.linalg.qr(np.asarray(train, np.float64).T)[0]  # [D, n], orthonormal
@@ -174,21 +177,24 @@ def _sklearn(train: NDArray, labels: NDArray, cost: float) -> Any:
 
 
 def _cuml(train: NDArray, labels: NDArray, cost: float) -> Any:
-    """cuML's squared-hinge gradient is half the loss's, so it is given 2C for C."""
+    return cuml_model(cost).fit(train, labels)
+
+
+def cuml_model(cost: float) -> Any:
+    """cuML's LinearSVC for the objective above. Its squared-hinge gradient is half the loss's, so it is given 2C for C."""
     if not torch.cuda.is_available():
         raise FastconError("--solver cuml needs an NVIDIA GPU, and PyTorch sees none here: use --solver batched")
-    model = optional_import("cuml.svm", "cuml").LinearSVC(
+    return optional_import("cuml.svm", "cuml").LinearSVC(
         C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, grad_tol=1e-6, max_iter=10_000
     )
-    return model.fit(train, labels)
 
 
-SOLVERS: dict[str, Callable[[NDArray, NDArray, int], Solver]] = {
+SOLVERS: dict[str, Callable[..., Solver]] = {
     "batched": Batched,
     "sklearn": partial(Library, _sklearn),
     "cuml": partial(Library, _cuml),
 }
-"""Name → (train [n, D], labels [n] or [n, K], classes K) → Solver."""
+"""Name → (train [n, D], labels [n] or [n, K], classes K, device) → Solver."""
 
 
 class LinearSVM(ClassifierMixin, BaseEstimator):

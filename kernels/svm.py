@@ -191,9 +191,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) ->
     return result
 
 
-def _line_search(
-    matrix: Tensor, signs: Tensor, cost: float, point: _Point, target: Tensor, goal: Tensor
-) -> _Point:
+def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, target: Tensor, goal: Tensor) -> _Point:
     """Go to the target, which scores `goal`; where that is worse, to the best point on the way, as finite convergence needs.
 
     The objective along the way is convex: its slope's zero is bisected.

@@ -9,29 +9,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastcon.kernels import svm
 
 from fastcon import bench, objective
 from fastcon.bench import fixtures, kernel, loader, probe, store, train
 from fastcon.loader import Loader
 from fastcon.manifest import index
 from fastcon.pipeline import Options
+from fastcon.solvers import LinearSVM
 from fastcon.store import Recipe, Store
 
 
 def test_rows_of_the_probe_benchmark(monkeypatch):
-    monkeypatch.setattr(probe, "_agreement", lambda say: [])
+    monkeypatch.setattr(probe, "_agreement", lambda device, say: [])
     said: list[str] = []
-    rows = probe.bench(said.append, classes=4, width=40, trials=2, test_images=20)
+    rows = probe.bench(said.append, torch.device("cpu"), classes=4, width=40, trials=2, test_images=20)
     assert rows[0]["name"] == "probe_vs_sklearn"
     for row in rows:
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
         assert (row["unit"], row["n"], row["device"]) == ("s", 2, "cpu")
         assert row["theirs_is"] == "extrapolated from 7 of 72 fits"
         assert 0.25 <= row["accuracy"] <= 1
+        assert -1e-4 <= row["objective_excess"] < 1  # nobody goes below a certified optimum
+        assert row["accuracy_of_fits"] == pytest.approx(row["accuracy_of_fits_sklearn"], abs=0.15)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_an_objective_is_what_the_kernel_says(classes):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(30, 8)) + 1, np.arange(30) % classes
+    model = LinearSVM(0.3).fit(x, y)
+    signs = torch.from_numpy(np.where(y == np.arange(classes)[:, None], 1.0, -1.0))[-model.coef_.shape[0] :]
+    gram = svm.Gram.of(torch.from_numpy(x @ x.T + 1))
+    beta, _ = svm.solve(gram, signs, 0.3)
+    best = svm.objective(signs, 0.3, beta, beta @ gram.matrix).sum().item()
+    assert probe._objective(model, x, y, 0.3) == pytest.approx(best, rel=1e-6)
 
 
 def test_agreement_with_scikit_learn_is_measured():
-    [row] = probe._agreement(lambda line: None, trials=2)
+    [row] = probe._agreement(torch.device("cpu"), lambda line: None, trials=2)
+    assert row["objective_difference"] < 1e-3
     assert row["same_c"] >= 0.5
     assert row["accuracy"] == pytest.approx(row["accuracy_sklearn"], abs=5e-3)
 
@@ -87,7 +104,7 @@ def test_rows_of_the_loader_benchmark(monkeypatch):
 
 
 def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
-    files = fixtures.image_files(None, tmp_path, 64, 80, 60)
+    files = fixtures.image_files([], tmp_path, 64, 80, 60)
     recipe, options = Recipe(size=224), Options(64)
     path = fixtures.store_of(tmp_path / "store", index([str(tmp_path / "photos")]), recipe, 1, [4], options)
     [theirs] = loader._torchvision(Store(path), files, 0, 1)

@@ -31,6 +31,39 @@ def test_parity_with_scikit_learn(images):
         assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("gram_rows", [8192, 0], ids=["over the Gram matrix", "in the primal"])
+def test_a_gpu_finds_the_same_optimum(monkeypatch, gram_rows):
+    monkeypatch.setattr(solvers, "GRAM_ROWS", gram_rows)
+    x, y = clusters(images=60)
+    folds = [
+        solvers.Fold(np.flatnonzero(np.arange(len(y)) % 5 != k), np.flatnonzero(np.arange(len(y)) % 5 == k))
+        for k in range(5)
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        fits = solvers.Batched(x, y, 6, device)
+        found.append([*fits.held_out(folds, [1e-3, 1e-1])[3], fits.test([1e-2], x)])
+        assert fits.gap <= 1e-4
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-2)
+
+
+def test_folds_solved_together_are_solved_as_alone(monkeypatch):
+    x, y = clusters(images=7)
+    folds = [
+        solvers.Fold(np.flatnonzero(np.arange(len(y)) % 5 != k), np.flatnonzero(np.arange(len(y)) % 5 == k))
+        for k in range(5)
+    ]
+    costs = [1e-3, 1e-1, 10.0]
+    monkeypatch.setattr(solvers.svm, "_GAP_AIM", 1e-12)
+    together = solvers.Batched(x, y, 6).held_out(folds, costs)
+    monkeypatch.setitem(solvers.TOGETHER, "cpu", 1)
+    alone = solvers.Batched(x, y, 6).held_out(folds, costs)
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuML fits on an NVIDIA GPU only")
 def test_parity_of_cuml():
     pytest.importorskip("cuml")

@@ -64,6 +64,21 @@ def test_a_class_without_rows_is_all_negative():
     assert (beta[2] @ gram.matrix < 0).all()
 
 
+def test_rows_with_sign_0_are_in_no_problem():
+    _, _, gram, signs = problem()
+    some = torch.arange(0, signs.shape[1], 3)
+    masked = torch.zeros_like(signs)
+    masked[:, some] = signs[:, some]
+    for cost in (1e-3, 1e-1, 10.0):
+        beta, gap = svm.solve(gram, torch.cat([masked, signs]), cost)
+        alone = svm.solve(gram[some], signs[:, some], cost).beta
+        ours = svm.objective(masked, cost, beta[: len(signs)], beta[: len(signs)] @ gram.matrix)
+        best = svm.objective(signs[:, some], cost, alone, alone @ gram[some].matrix)
+        torch.testing.assert_close(ours, best, rtol=2e-5, atol=0)
+        assert not beta[: len(signs)][masked == 0].any()
+        assert gap.max() <= 1e-5
+
+
 def test_equal_rows_are_no_trouble():
     x, _, _, signs = problem()
     x[1], x[7] = x[0], x[0]

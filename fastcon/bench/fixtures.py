@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,11 @@ def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Pat
     return folder
 
 
-def image_files(images: str | None, scratch: Path, count: int, width: int, height: int) -> list[Path]:
+def image_files(images: Sequence[str], scratch: Path, count: int, width: int, height: int) -> list[Path]:
     """The files of `images`, taken out of tars; rendered where none are given."""
-    if images is None:
+    if not images:
         return sorted(photos(scratch / "photos", count, width, height).iterdir())
-    manifest = index([images])
+    manifest = index(list(images))
     folder = scratch / "photos"
     folder.mkdir()
     reader = manifest.reader()

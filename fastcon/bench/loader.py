@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ SIDE, BATCH, CLASSES, QUALITY = 224, 64, 1500, 90
 def bench(
     say: Say,
     device: torch.device,
-    images: str | None = None,
+    images: Sequence[str] = (),
     views: int = 4,
     count: int = 256,
     rounds: int = 5,

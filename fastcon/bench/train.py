@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ CLASSES = 200
 
 
 def bench(
-    say: Say, device: torch.device, images: str | None = None, rounds: int = 3, scale: Scale | None = None
+    say: Say, device: torch.device, images: Sequence[str] = (), rounds: int = 3, scale: Scale | None = None
 ) -> list[Row]:
     """img/s of precompute, of training steps fed by the loader, and of training with its teachers online."""
     scale = scale or (GPU if device.type == "cuda" else CPU)
