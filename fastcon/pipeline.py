@@ -286,9 +286,11 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
         return tuple(fn.flip(resize(images, s), horizontal=flip) for s in sizes)
 
     def dense(output: Any) -> Tensor:
-        pixels = torch.empty(output.as_tensor().shape(), dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device) if on_gpu else None
-        feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
+        decoded = output.as_tensor()
+        if not on_gpu:  # no copy: DALI's executor takes new memory for every batch, and this one keeps its own
+            return torch.from_dlpack(decoded).permute(0, 3, 1, 2)
+        pixels = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
+        feed_ndarray(decoded, pixels, cuda_stream=torch.cuda.current_stream(device))
         return pixels.permute(0, 3, 1, 2)
 
     pipe = graph()

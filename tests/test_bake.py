@@ -87,6 +87,18 @@ def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
         train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), Machine(device="cpu"))
 
 
+def test_batches_that_are_kept_stay_as_they_were(baked):
+    """DALI's memory is handed on without a copy: it must not be used for the next batch."""
+    loader = Loader(str(baked), batch_size=10, epochs=4)
+    kept, copies = [], []
+    for batch in loader:
+        kept.append(batch.pixels)
+        copies.append(batch.pixels.clone())
+    assert len(kept) == 60
+    assert all(torch.equal(pixels, copy) for pixels, copy in zip(kept, copies, strict=True))
+    assert len({pixels.data_ptr() for pixels in kept}) == 60
+
+
 def test_a_later_round_shuffles(baked):
     loader = Loader(str(baked), batch_size=50, epochs=3)
     seen = [batch.indices for batch in loader]
