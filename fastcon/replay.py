@@ -37,6 +37,7 @@ class Replay:
     def view(self, number: int) -> View:
         """Order, boxes and flips of a view; the last one asked for is kept."""
         if self._view is None or self._number != number:
+            self._view = None  # its memory goes before the next one's comes
             self._number, self._view = number, self._store.view(number)
         return self._view
 

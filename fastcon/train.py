@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ Untrained = tuple[dict[str, Tensor], dict[str, str]]
 """Weights and metadata of a head 0 that no loss trains."""
 
 LABELS_HEAD = "labels"
+METRICS = ("loss", "kl", "agreement")
 RESULT = RUN_WEIGHTS[0]
 
 
@@ -140,8 +142,27 @@ def train(
     board = _tensorboard(run, step) if machine.tensorboard else None
     forward = models.compiled(student, machine.compile)
 
+    row: dict[str, Any] = {}
+    taken: _Taken | None = None
+    logged = time.monotonic()
+
+    def report(wait: bool) -> None:
+        """Write the row that was last taken, when its sums have arrived from the device."""
+        nonlocal row, taken, logged
+        if taken is None or not (wait or taken.arrived()):
+            return
+        taken.refuse_nan(out)
+        row, taken = taken.row(), None
+        metrics.write(row)
+        now = time.monotonic()
+        run.log(f"step {row['step']}/{total} loss {row['loss']:.4f} {row['images'] / (now - logged):.0f} img/s")
+        logged = now
+        if board:
+            _write_board(board, row)
+
     def save() -> None:
-        tally.refuse_nan(step, out)
+        report(wait=True)
+        tally.take({"step": step}, reset=False).refuse_nan(out)
         checkpoint.save(
             run.checkpoints,
             step,
@@ -156,10 +177,9 @@ def train(
             },
         )
 
-    row: dict[str, Any] = {}
     waits = Waits(loader.waits)
     epoch, done = divmod(step, loader.schedule.steps)
-    saved = logged = time.monotonic()
+    saved = time.monotonic()
     with stop_signals() as stop:
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
             set_rate(optimizer, step / total, options.milestones)
@@ -174,14 +194,10 @@ def train(
             step += 1
             housekeeping = time.perf_counter()
             if step % machine.log_every == 0 or step % loader.schedule.steps == 0:
-                tally.refuse_nan(step, out)
-                row = {"step": step, "epoch": (step - 1) // loader.schedule.steps, **tally.read(), **_rates(optimizer)}
-                metrics.write(row)
-                now = time.monotonic()
-                run.log(f"step {step}/{total} loss {row['loss']:.4f} {row['images'] / (now - logged):.0f} img/s")
-                logged = now
-                if board:
-                    _write_board(board, row)
+                report(wait=True)
+                about = {"step": step, "epoch": (step - 1) // loader.schedule.steps, **_rates(optimizer)}
+                taken = tally.take(about)
+            report(wait=False)
             if progress:
                 progress(step, total)
             if stop or time.monotonic() - saved > machine.checkpoint_seconds or step % loader.schedule.steps == 0:
@@ -194,6 +210,7 @@ def train(
                 raise Interrupted(
                     f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume"
                 )
+    report(wait=True)
     metrics.close()
     waits.write(run)
     if board:
@@ -305,7 +322,7 @@ def _losses(logits: Tensor, batch: Batch, segments: Any, options: Options) -> tu
 
 
 class _Tally:
-    """Sums of each head's loss, KL and agreement, on the device: read back only when a row is written."""
+    """Sums of each head's loss, KL and agreement, on the device, from one row of metrics to the next."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self._names = names
@@ -324,30 +341,18 @@ class _Tally:
         self._rows += len(result.losses)
         self._batches += 1
 
-    def read(self) -> dict[str, Any]:
-        loss = self._loss.item() / self._batches
-        per_head = (self._sums / self._rows).T.tolist()
-        heads = {
-            name: {"loss": head[0]}
-            if name == LABELS_HEAD
-            else dict(zip(("loss", "kl", "agreement"), head, strict=True))
-            for name, head in zip(self._names, per_head, strict=True)
-        }
-        row = {"images": self._rows, "loss": loss, "heads": heads}
-        self._sums.zero_()
-        self._loss.zero_()
-        self._rows = self._batches = 0
-        return row
-
-    def refuse_nan(self, step: int, out: str) -> None:
-        """Raise FastconError, naming the head, where a loss has turned NaN or infinite."""
-        if self._loss.isfinite():
-            return
-        head = next((name for name, value in zip(self._names, self._sums[0], strict=True) if not value.isfinite()), "?")
-        raise FastconError(
-            f"the loss is {self._loss.item()} at step {step} (first at head {head!r}); the last good checkpoint is in "
-            f"{out}/checkpoints: use another --out with lower learning rates or --precision float32"
-        )
+    def take(self, about: dict[str, Any], reset: bool = True) -> _Taken:
+        """Send the sums on their way to the host, where nobody waits for them yet, and begin anew."""
+        sums = torch.cat([self._sums.flatten(), self._loss[None]])
+        host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=sums.is_cuda)
+        host.copy_(sums, non_blocking=True)
+        event = torch.cuda.current_stream(sums.device).record_event() if sums.is_cuda else None
+        taken = _Taken(about, self._names, host, event, self._rows, self._batches)
+        if reset:
+            self._sums.zero_()
+            self._loss.zero_()
+            self._rows = self._batches = 0
+        return taken
 
     def state(self) -> dict[str, Any]:
         return {"sums": self._sums, "loss": self._loss, "rows": self._rows, "batches": self._batches}
@@ -356,6 +361,47 @@ class _Tally:
         self._sums.copy_(state["sums"])
         self._loss.copy_(state["loss"])
         self._rows, self._batches = state["rows"], state["batches"]
+
+
+class _Taken(NamedTuple):
+    """The sums of a row of metrics, on their way from the device or arrived."""
+
+    about: dict[str, Any]
+    names: list[str]
+    sums: Tensor
+    event: torch.cuda.Event | None
+    images: int
+    batches: int
+
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def row(self) -> dict[str, Any]:
+        """The row: means over the images and, for the loss, over the batches. Waits where it must."""
+        *sums, loss = self._values()
+        heads = {}
+        for k, name in enumerate(self.names):
+            means = [value / self.images for value in sums[k :: len(self.names)]]
+            heads[name] = {"loss": means[0]} if name == LABELS_HEAD else dict(zip(METRICS, means, strict=True))
+        about = dict(self.about)
+        position = {key: about.pop(key) for key in ("step", "epoch")}
+        return {**position, "images": self.images, "loss": loss / self.batches, "heads": heads, **about}
+
+    def refuse_nan(self, out: str) -> None:
+        """Raise FastconError, naming the head, where a loss has turned NaN or infinite."""
+        *sums, loss = self._values()
+        if math.isfinite(loss):
+            return
+        head = next((name for name, value in zip(self.names, sums, strict=False) if not math.isfinite(value)), "?")
+        raise FastconError(
+            f"the loss is {loss} at step {self.about['step']} (first at head {head!r}); the last good checkpoint is in "
+            f"{out}/checkpoints: use another --out with lower learning rates or --precision float32"
+        )
+
+    def _values(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.sums.tolist()
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
