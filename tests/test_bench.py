@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fastcon.kernels import svm
+from fastcon.kernels.multihead_ce import multihead_cross_entropy
 
 from fastcon import bench, objective
 from fastcon.bench import fixtures, kernel, loader, probe, store, train
@@ -78,10 +79,23 @@ def check(rows, names):
 def test_rows_of_the_kernel_benchmark(monkeypatch):
     monkeypatch.setattr(kernel, "_compiled", lambda *_: None)
     rows = kernel.bench(lambda line: None, torch.device("cpu"), rounds=1, cases=[(4, [5, 3])])
-    check(rows, ["loss_vs_eager"])
+    check(rows, ["loss_vs_eager", "loss_vs_eager, with KL and agreement"])
     assert rows[0]["case"] == "B = 4, 2 heads, 8 classes"
     student, teacher = kernel._logits(4, segments := objective.segments([5, 3], [1, 1]), torch.device("cpu"))
     torch.testing.assert_close(kernel._fused(student, teacher, segments), kernel._loop(student, teacher, segments))
+
+
+def test_the_loops_that_the_kernel_is_compared_with_are_the_same_loss():
+    segments = objective.segments([5, 3], [1, 0.5])
+    student, teacher = kernel._logits(6, segments, torch.device("cpu"))
+    ours = multihead_cross_entropy(student, teacher, segments)
+    for mine, theirs in zip(ours, kernel._loop_with_statistics(student, teacher, segments), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    by_kl = kernel._kl_loop(torch.nn.KLDivLoss(reduction="batchmean"), student, teacher, segments)
+    totals = (ours.total, kernel._loop(student, teacher, segments), by_kl)
+    gradients = [torch.autograd.grad(total, student)[0] for total in totals]
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other)
 
 
 def test_rows_of_the_store_benchmark(store_path):

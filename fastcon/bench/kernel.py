@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,9 @@ def bench(
 ) -> list[Row]:
     """us of loss and gradient: the fused call, which also gives KL and agreement, against the loss alone in a loop.
 
-    On a GPU the student's logits are bfloat16, there are times under a CUDA graph, and the share of the bandwidth of a
-    plain copy at 4,096 x 10,000. Where torch.compile does not work its rows are left out.
+    And against a loop that gives as much. On a GPU the student's logits are bfloat16, there are times under a CUDA graph, and the share of the bandwidth of a
+    plain copy at 4,096 x 10,000. Where torch.compile, or
+    Liger-Kernel's KL divergence on a GPU, does not work its rows are left out.
     """
     rows = []
     for batch, widths in cases or CASES:
@@ -34,16 +36,23 @@ def bench(
         variants = {
             "ours": _timed(functools.partial(_fused, student, teacher, segments), student),
             "eager": _timed(functools.partial(_loop, student, teacher, segments), student),
+            "as much": _timed(lambda: _loop_with_statistics(student, teacher, segments)[0], student),  # noqa: B023
         }
-        compiled = _compiled(student, teacher, segments, say)
-        if compiled is not None:
-            variants["compiled"] = _timed(compiled, student)
+        others = {"compiled": _compiled(student, teacher, segments, say)}
+        if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            others["liger"] = _liger(student, teacher, segments, say)
+        variants |= {name: _timed(loss, student) for name, loss in others.items() if loss is not None}
         seconds = interleave(variants, rounds)
         case: dict[str, Any] = {
             "case": f"B = {batch}, {len(widths)} heads, {sum(widths)} classes",
             "dtype": str(student.dtype)[6:],
         }
-        for name, theirs in (("loss_vs_eager", "eager"), ("loss_vs_compile", "compiled")):
+        for name, theirs in (
+            ("loss_vs_eager", "eager"),
+            ("loss_vs_eager, with KL and agreement", "as much"),
+            ("loss_vs_compile", "compiled"),
+            ("loss_vs_liger", "liger"),
+        ):
             if theirs in seconds:
                 ours, other = (_micro(seconds[k]) for k in ("ours", theirs))
                 rows.append(compared(name, ours, other, "us", device.type, **case))
@@ -80,6 +89,49 @@ def _loop(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
         p = (teacher[:, here].float() / t).softmax(1)
         total = total - weight * (p * (student[:, here].float() / t).log_softmax(1)).sum(1).mean()
     return total
+
+
+def _loop_with_statistics(
+    student: Tensor, teacher: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, with the losses, entropies and agreement [B, H] that the fused call gives."""
+    total = student.new_zeros((), dtype=torch.float32)
+    losses, entropies, agreement = [], [], []
+    for offset, width, weight, t in zip(
+        segments.offsets, segments.widths, segments.weights, segments.temperatures, strict=True
+    ):
+        z_s, z_t = (z[:, offset : offset + width].float() / t for z in (student, teacher))
+        log_p = z_t.log_softmax(1)
+        p = log_p.exp()
+        loss = -(p * z_s.log_softmax(1)).sum(1)
+        total = total + weight * loss.mean()
+        losses.append(loss.detach())
+        entropies.append(-(p * log_p).sum(1))
+        agreement.append((z_s.argmax(1) == z_t.argmax(1)).float())
+    return total, torch.stack(losses, 1), torch.stack(entropies, 1), torch.stack(agreement, 1)
+
+
+def _kl_loop(
+    divergence: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, segments: Segments
+) -> Tensor:
+    """The loop by way of a function that gives KL(p || q) a row from log q and p: another value, the same gradient."""
+    total = student.new_zeros((), dtype=torch.float32)
+    for offset, width, weight, t in zip(
+        segments.offsets, segments.widths, segments.weights, segments.temperatures, strict=True
+    ):
+        z_s, z_t = (z[:, offset : offset + width].float() / t for z in (student, teacher))
+        total = total + weight * divergence(z_s.log_softmax(1), z_t.softmax(1))
+    return total
+
+
+def _liger(student: Tensor, teacher: Tensor, segments: Segments, say: Say) -> Callable[[], Tensor] | None:
+    try:
+        divergence = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean")
+        _kl_loop(divergence, student, teacher, segments).backward()
+    except Exception as error:
+        say(f"Liger-Kernel does not work here: {' '.join(str(error).split())[:80]}")
+        return None
+    return lambda: _kl_loop(divergence, student, teacher, segments)
 
 
 def _compiled(student: Tensor, teacher: Tensor, segments: Segments, say: Say) -> Callable[[], Tensor] | None:
