@@ -115,7 +115,7 @@ def test_large_logits_and_equal_ones(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("widths", [[9], [5, 1, 228], [5000, 40]])
+@pytest.mark.parametrize("widths", [[9], [5, 1, 228], [5000, 40], [8, 8, 8, 8]])
 def test_sigmoid_heads(impl, widths):
     segments = table(widths, ["sigmoid" if k % 2 == 0 else "softmax" for k in range(len(widths))])
     check(*logits(6, segments.columns, 5, torch.float32, 1), segments, impl)
@@ -146,7 +146,7 @@ def test_alignment_divides_every_offset_and_width():
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_columns_between_heads_get_no_gradient(impl):
-    segments = table([3, 11], gap=5)
+    segments = table([3, 11, 11], gap=5)
     student, teacher = logits(4, segments.columns + 6, 4, torch.float32, 2)
     check(student, teacher, segments, impl)
 

@@ -100,6 +100,21 @@ def test_the_gap_is_a_certificate():
         assert (suboptimality > 0).all()
 
 
+def test_a_step_too_far_is_cut_to_the_best_point_on_the_way():
+    _, _, gram, signs = problem()
+    cost = 0.1
+    optimum = svm.solve(gram, signs, cost).beta
+    start = svm.solve(gram, signs, cost / 30).beta
+    point = svm._Point.at(gram.matrix, signs, cost, start, start @ gram.matrix)
+    target = start + 5 * (optimum - start)
+    found = svm._line_search(gram.matrix, signs, cost, point, target.clone(), target @ gram.matrix)
+    on_the_way = [start + t * (target - start) for t in torch.linspace(0, 1, 2001).tolist()]
+    best = torch.stack([svm.objective(signs, cost, b, b @ gram.matrix) for b in on_the_way]).amin(0)
+    assert (found.primal < point.primal).all()
+    torch.testing.assert_close(found.primal, best, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.scores, found.beta @ gram.matrix)
+
+
 def test_too_few_steps_are_an_error_and_not_a_result(monkeypatch):
     _, _, gram, signs = problem(classes=3, shots=40, width=16)
     monkeypatch.setattr(svm, "_STEPS", 1)
