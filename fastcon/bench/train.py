@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -40,12 +42,16 @@ class Scale:
 CPU = Scale("torchvision:resnet18", 64, 32, 1024, (96, 72), 10, 1)
 GPU = Scale("torchvision:resnet50", 224, 256, 4096, (500, 375), 40, 4)
 CLASSES = 200
+PAPERS_BATCH = 32
 
 
 def bench(
     say: Say, device: torch.device, images: Sequence[str] = (), rounds: int = 3, scale: Scale | None = None
 ) -> list[Row]:
-    """img/s of precompute, of training steps fed by the loader, and of training with its teachers online."""
+    """img/s of precompute, of training steps fed by the loader, of training with its teachers online, and of --compile.
+
+    Where torch.compile does not work its rows are left out.
+    """
     scale = scale or (GPU if device.type == "cuda" else CPU)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -62,6 +68,9 @@ def bench(
             rows += found[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
             for row in found[count > 2 :]:
                 say(_line(row))
+        for row in _compiled(path, scale, device, rounds, case, say):
+            rows.append(row)
+            say(_line(row))
     return rows
 
 
@@ -118,21 +127,11 @@ def _precompute(
 def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: int, case: str) -> list[Row]:
     used = models.choose_precision("auto", device, training=True)
     loader = Loader(str(path), batch_size=scale.batch, epochs=1_000_000, device=device)
-    student = _network(scale, device)
-    student.replace_heads(loader.heads, keep={}, seed=0)
-    student.train()
-    optimizer = make_optimizer(student, 0.001, 0.01, 0.9, 1e-4)
+    step = _step(loader, scale, device, used)
     teachers = [_network(scale, device, k).eval() for k in range(count)]
     teaching = precompute.Settings(
         scale.batch, device, precision=models.choose_precision("auto", device, training=False)
     )
-
-    def step(pixels: Tensor, logits: Any) -> None:
-        with models.precision_context(used, device):
-            out = student(pixels)
-        optimizer.zero_grad(set_to_none=True)
-        objective.loss(out, logits, loader.segments).total.backward()
-        optimizer.step()
 
     @torch.inference_mode()
     def teach(pixels: Tensor) -> Tensor:
@@ -149,18 +148,6 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
         for pixels in pipeline.decode(replay.images, requests, [scale.size], loader._options):
             yield pixels[scale.size]
 
-    def timed(work: Callable[[], Any]) -> Callable[[], float]:
-        def run() -> float:
-            work()
-            _wait(device)
-            started = time.perf_counter()
-            for _ in range(scale.steps):
-                work()
-            _wait(device)
-            return scale.steps * scale.batch / (time.perf_counter() - started)
-
-        return run
-
     def offline() -> None:
         batch = next(stream)
         step(batch.pixels, batch.stacked)
@@ -171,6 +158,7 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
         pixels = next(online_pixels)
         step(pixels, teach(pixels).clone())
 
+    timed = functools.partial(_timed, scale=scale, device=device)
     seen = interleave(
         {
             "offline": timed(offline),
@@ -193,6 +181,67 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
     ]
     rows[1] |= {"speed_up": rows[1]["ratio"], "bound": bound, "ratio": rows[1]["ratio"] / bound}
     return rows
+
+
+def _step(
+    loader: Loader, scale: Scale, device: torch.device, precision: str, compile: str = "none"
+) -> Callable[[Tensor, Any], None]:
+    """A step of training a new student on pixels and logits, as `fastcon.train` takes it."""
+    student = _network(scale, device)
+    student.replace_heads(loader.heads, keep={}, seed=0)
+    student.train()
+    optimizer = make_optimizer(student, 0.001, 0.01, 0.9, 1e-4)
+    forward = models.compiled(student, compile)
+
+    def step(pixels: Tensor, logits: Any) -> None:
+        with models.precision_context(precision, device):
+            out = forward(pixels)
+        optimizer.zero_grad(set_to_none=True)
+        objective.loss(out, logits, loader.segments).total.backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(work: Callable[[], Any], scale: Scale, device: torch.device) -> Callable[[], float]:
+    """img/s of a step, after one to warm up."""
+
+    def run() -> float:
+        work()
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(scale.steps):
+            work()
+        _wait(device)
+        return scale.steps * scale.batch / (time.perf_counter() - started)
+
+    return run
+
+
+def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case: str, say: Say) -> Iterator[Row]:
+    """Steps on a batch in memory as --compile makes them, against the same without; on a GPU at the paper's batch, too."""
+    used = models.choose_precision("auto", device, training=True)
+    modes = ("default", "graphs") if device.type == "cuda" else ("default",)
+    for batch in sorted({scale.batch, PAPERS_BATCH}):
+        scale = dataclasses.replace(scale, batch=batch)
+        loader = Loader(str(path), batch_size=batch, device=device)
+        [kept] = itertools.islice(loader, 1)
+        variants = {}
+        for mode in ("none", *modes):
+            step = functools.partial(_step(loader, scale, device, used, mode), kept.pixels, kept.stacked)
+            try:
+                step()
+            except Exception as error:
+                say(f"--compile {mode} does not work here: {' '.join(str(error).split())[:80]}")
+                continue
+            variants[mode] = _timed(step, scale, device)
+        seen = interleave(variants, rounds)
+        for mode in variants:
+            if mode != "none":
+                what = f"{case}, batch {batch}, {used}"
+                yield compared(
+                    f"train_step, --compile {mode}", seen[mode], seen["none"], "img/s", device.type, case=what
+                )
 
 
 def _wait(device: torch.device) -> None:
