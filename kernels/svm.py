@@ -24,7 +24,8 @@ _GAP_AIM = 1e-5  # what we stop at
 _STEPS = 100
 _STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
-_RANK = 16  # of the preconditioner
+_RANK = 16  # of the dual's preconditioner
+_PRIMAL_RANK = 64
 _INNER_LIMIT = 32
 _INNER_STEPS = 400
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # entries of the systems solved at once: more fall out of a CPU's cache
@@ -330,7 +331,7 @@ def _leading(features: Tensor) -> Tensor:
     """An orthonormal basis [r, d + 1] of what rows, with the constant column, have most in common."""
     generator = torch.Generator().manual_seed(0)
     width = features.shape[1] + 1
-    basis = torch.randn(min(2 * _RANK, width), width, generator=generator).to(features)
+    basis = torch.randn(min(_PRIMAL_RANK, width), width, generator=generator).to(features)
     for _ in range(3):
         basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
     return basis
