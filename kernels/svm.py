@@ -26,7 +26,7 @@ _STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
 _RANK = 16  # of the dual's preconditioner
 _PRIMAL_RANK = 64
-_INNER_LIMIT = 32
+_DUAL_INNER_STEPS = 32
 _INNER_STEPS = 400
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # entries of the systems solved at once: more fall out of a CPU's cache
 _BISECTIONS = 24
@@ -241,7 +241,7 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
     direction = precondition(residual)
     product = (residual * direction).sum(1)
     target = 1e-4 * residual.square().sum(1)
-    for _ in range(_INNER_LIMIT):
+    for _ in range(_DUAL_INNER_STEPS):
         image = torch.addmm(direction, direction, matrix, beta=ridge).mul_(mask)
         length = (product / (direction * image).sum(1).clamp_min(1e-30))[:, None]
         solution.addcmul_(length, direction)
