@@ -45,7 +45,7 @@ def copy(tmp_path, store_path) -> Path:
 def test_precompute_killed_at_any_moment(tmp_path, proxy_folder, generalist_file, teacher_file, kills):
     """The store comes out byte-identical, and each kill costs at most two chunks a teacher."""
     chance = random.Random(kills)
-    views = str(4 * kills)
+    views = str(10 * kills)  # more than even a quick machine computes before the last kill
     command = ("precompute", str(proxy_folder), str(tmp_path / "store"), str(generalist_file), str(teacher_file), views)
     before, seconds = 0, 0.6
     for _ in range(kills):
@@ -56,7 +56,7 @@ def test_precompute_killed_at_any_moment(tmp_path, proxy_folder, generalist_file
         done = min(int(store.done(name).sum()) for name in store.teachers)
         assert -(-rows // faults.CHUNK_ROWS) - (done - before) <= 2
         before = done
-    assert 0 < before < 12 * kills
+    assert 0 < before < 30 * kills
     faults.finish(*command)
     faults.finish(*command[:2], str(tmp_path / "whole"), *command[3:])
     assert tree(tmp_path / "store") == tree(tmp_path / "whole")
