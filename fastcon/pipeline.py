@@ -260,11 +260,12 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
     def resize(images: Any, side: int) -> Any:
         return fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
 
-    @pipeline_def(
+    @pipeline_def(  # type: ignore[call-overload]  # DALI's stubs do not know exec_dynamic
         batch_size=plan.options.batch_size,
         num_threads=plan.options.cores,
-        device_id=device.index or 0 if on_gpu else None,  # type: ignore[arg-type]
+        device_id=device.index or 0 if on_gpu else None,
         prefetch_queue_depth=2,
+        exec_dynamic=True,  # new memory for every batch: `dense` hands it on
     )
     def graph() -> Any:
         images: Any
@@ -287,7 +288,7 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
 
     def dense(output: Any) -> Tensor:
         decoded = output.as_tensor()
-        if not on_gpu:  # no copy: DALI's executor takes new memory for every batch, and this one keeps its own
+        if not on_gpu:  # no copy: the batch keeps its memory, and the next one takes other
             return torch.from_dlpack(decoded).permute(0, 3, 1, 2)
         pixels = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
         feed_ndarray(decoded, pixels, cuda_stream=torch.cuda.current_stream(device))

@@ -117,8 +117,9 @@ def few_shot(
         return cost, fits.gap, _right(scores, test_labels)
 
     count = trials if shots is not None else 1
+    on_cpu = solver == "sklearn" or (solver != "cuml" and place.type == "cpu")
     accuracies, chosen, per_class, gaps = [], [], [], []
-    for trial, (cost, gap, right) in enumerate(_in_order(run, count, place.type == "cpu"), 1):
+    for trial, (cost, gap, right) in enumerate(_in_order(run, count, side_by_side=on_cpu), 1):
         accuracies.append(float(right.mean()))
         chosen.append(cost)
         gaps.append(gap)

@@ -90,7 +90,7 @@ class Batched:
         path = self._dual(self._gram[here], signs.flatten(0, 1), costs)
         found = []
         for k, fold in enumerate(folds):
-            across = self._gram.matrix[here][:, self._there(fold.outside)]
+            across = self._gram.matrix[here[:, None], self._there(fold.outside)]
             scores = [beta.view_as(signs)[k] @ across for beta in path]
             found.append([_decided(each.T.cpu().numpy(), self._labels[fold.inside]) for each in scores])
         return found
@@ -137,7 +137,7 @@ class Library:
     gap: float | None = None
 
     def __init__(self, fit: Callable[[NDArray, NDArray, float], Any], *draw: Any) -> None:
-        """fit: (rows [n, d], labels [n], C) → a model with `decision_function`; it knows its device. draw: as `Batched`'s."""
+        """fit: (rows [n, d], labels [n], C) → a model with `decision_function`. draw: as `Batched`'s."""
         self._fit = fit
         train, self._labels, self._classes, *_ = draw
         self._basis = None

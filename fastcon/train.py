@@ -342,7 +342,10 @@ class _Tally:
         self._batches += 1
 
     def take(self, about: dict[str, Any], reset: bool = True) -> _Taken:
-        """Send the sums on their way to the host, where nobody waits for them yet, and begin anew."""
+        """Send the sums on their way to the host, where nobody waits for them yet; `reset`: begin anew.
+
+        about: what else the row says, its step and epoch among it; to look for NaN in the sums so far the step suffices.
+        """
         sums = torch.cat([self._sums.flatten(), self._loss[None]])
         host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=sums.is_cuda)
         host.copy_(sums, non_blocking=True)

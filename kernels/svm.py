@@ -82,7 +82,7 @@ def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -
     """Solve P one-vs-rest problems over the rows of one Gram matrix: all classes, and all folds, together.
 
     gram: of X X^T + 1 for an intercept. signs: float64 [P, n] of -1 and +1, and 0 where a row is not in the problem, as
-    one that a fold holds out; its coefficient is 0. cost: C. start: beta [P, n] of a nearby C.
+    one that a fold holds out; its coefficient is 0, in `start`, too. cost: C. start: beta [P, n] of a nearby C.
     Raises NotConverged rather than returning a solution whose gap is above 1e-4.
     """
     n, ridge = len(signs[0]), 1 / (2 * cost)
@@ -92,10 +92,7 @@ def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -
         beta = torch.where(rough.isfinite().all(1, keepdim=True), rough, beta)
     beta, gap = _newton(gram, signs, cost, beta, _STEPS)
     if not bool((gap <= GAP).all()):
-        worst = int(gap.argmax())
-        raise NotConverged(
-            f"problem {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n})"
-        )
+        raise NotConverged(f"at C = {cost:g} a class stopped at a relative duality gap of {gap.max():.1e} (n = {n})")
     return Solution(beta, gap)
 
 

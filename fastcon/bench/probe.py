@@ -181,7 +181,7 @@ def _objectives(x: NDArray, y: NDArray, library: str, count: int) -> Iterator[tu
         cost = float(random.choice(probe.C_GRID))
         exact = LinearSVC(C=cost, dual=True, tol=1e-8, max_iter=1_000_000)
         theirs = (exact if library == "sklearn" else cuml_model(cost)).fit(rows, own)
-        yield tuple(_objective(model, rows, own, cost) for model in (LinearSVM(cost).fit(rows, own), theirs))  # type: ignore[misc]
+        yield _objective(LinearSVM(cost).fit(rows, own), rows, own, cost), _objective(theirs, rows, own, cost)
 
 
 def _row(name: str, ours: float, theirs: float, unit: str, n: int, device: torch.device) -> Row:

@@ -228,6 +228,7 @@ def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case:
         [kept] = itertools.islice(loader, 1)
         variants = {}
         for mode in ("none", *modes):
+            torch.compiler.reset()  # else a second batch size is compiled for any batch size
             step = functools.partial(_step(loader, scale, device, used, mode), kept.pixels, kept.stacked)
             try:
                 step()
