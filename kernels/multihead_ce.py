@@ -71,7 +71,7 @@ class Segments:
 
     @functools.cache  # noqa: B019 - tables are few, and live as long as the run that trains with them
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The table as tensors on `device`: int64 [H, 3] offset, width, kind; float32 [H, 2] lambda, T; [H, 1] slope.
+        """The table as tensors on `device`: int32 [H, 3] offset, width, kind; float32 [H, 2] lambda, T; [H, 1] slope.
 
         The slope is what a difference of probabilities is multiplied with in the gradient: lambda / T, over the width
         for a sigmoid head.
@@ -80,7 +80,7 @@ class Segments:
         table = zip(self.widths, self.weights, self.temperatures, self.kinds, strict=True)
         slopes = [[weight / t / (width if kind == "sigmoid" else 1)] for width, weight, t, kind in table]
         return (
-            torch.tensor(places, dtype=torch.int64).T.contiguous().to(device),
+            torch.tensor(places, dtype=torch.int32).T.contiguous().to(device),
             torch.tensor([self.weights, self.temperatures], dtype=torch.float32).T.contiguous().to(device),
             torch.tensor(slopes, dtype=torch.float32, device=device),
         )

@@ -8,40 +8,32 @@ each (row, head) are written without atomics and row offsets are 64-bit, so noth
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from fastcon.kernels.multihead_ce import SIGMOID, QuantisedLogits, Segments
 from torch import Tensor
 
-LARGEST_BLOCK = 16384
-"""Columns that a program holds at once."""
-LOOP_BLOCK = 4096
-"""Columns that it takes at a time where they are more."""
+LARGEST_BLOCK = 4096
+"""Columns that a program holds at once; wider heads are walked."""
+MANY = 1024
+"""Programs that fill a GPU: from then on one warp takes 1,024 columns, 32 a lane, which costs the fewest instructions a
+column; where they are fewer, four warps share them, as nothing else would fill the time that one waits."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(-1e30)
+"""The logit of a column that is not there: finite, as its probability of zero is multiplied with it."""
 
 
 @triton.jit
-def _softplus(z):
-    return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
-
-
-@triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def _student(row, column, inside, outside, temperature):
-    return tl.load(row + column, mask=inside, other=outside).to(tl.float32) / temperature
-
-
-@triton.jit
-def _teacher(row, column, inside, outside, temperature, top, scale, QUANTISED: tl.constexpr):
-    if QUANTISED:
-        code = tl.load(row + column, mask=inside, other=0).to(tl.float32)
-        return tl.where(inside, (top - scale * code * code) / temperature, outside)
-    else:
-        return tl.load(row + column, mask=inside, other=outside).to(tl.float32) / temperature
+def _logits(row, column, inside, top, scale, QUANTISED: tl.constexpr):
+    """float32 logits; of columns that are not inside, anything."""
+    stored = tl.load(row + column, mask=inside).to(tl.float32)
+    return top - scale * stored * stored if QUANTISED else stored
 
 
 @triton.jit
@@ -71,15 +63,15 @@ def _multihead_ce(
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    # What divides every offset and width: without it the compiler loads one element at a time.
+    # What divides every offset, width and stride: without it the compiler loads one element at a time.
     offset = tl.multiple_of(tl.load(places_ptr + head * 3), ALIGNMENT)
     width = tl.multiple_of(tl.load(places_ptr + head * 3 + 1), ALIGNMENT)
     kind = tl.load(places_ptr + head * 3 + 2)
     weight = tl.load(factors_ptr + head * 2)
     temperature = tl.load(factors_ptr + head * 2 + 1)
-    student_row = student_ptr + row * student_stride + offset
-    teacher_row = teacher_ptr + row * teacher_stride + offset
-    gradient_row = gradient_ptr + row * gradient_stride + offset
+    student_row = student_ptr + tl.multiple_of(row * student_stride, ALIGNMENT) + offset
+    teacher_row = teacher_ptr + tl.multiple_of(row * teacher_stride, ALIGNMENT) + offset
+    gradient_row = gradient_ptr + tl.multiple_of(row * gradient_stride, ALIGNMENT) + offset
     lanes = tl.arange(0, BLOCK)
     out = row * heads + head
     top = 0.0
@@ -87,77 +79,90 @@ def _multihead_ce(
     if QUANTISED:
         top = tl.load(scales_ptr + out * 2)
         scale = tl.load(scales_ptr + out * 2 + 1)
-    loss = 0.0
-    entropy = 0.0
-    agree = 0.0
+    slope = weight / temperature
+    unit = LOG2_E / temperature  # logits times this are exponents of 2
 
     if ANY_SIGMOID and kind == SIGMOID_KIND:
+        loss = 0.0
+        entropy = 0.0
+        agree = 0.0
         for start in range(0, width, BLOCK):
             column = start + lanes
             inside = column < width
-            z_s = _student(student_row, column, inside, 0.0, temperature)
-            z_t = _teacher(teacher_row, column, inside, 0.0, temperature, top, scale, QUANTISED)
-            p_t = _sigmoid(z_t)
-            loss += tl.sum(tl.where(inside, _softplus(z_s) - p_t * z_s, 0.0))
-            entropy += tl.sum(tl.where(inside, _softplus(z_t) - p_t * z_t, 0.0))
+            z_s = tl.where(inside, _logits(student_row, column, inside, top, scale, False), NEVER) / temperature
+            z_t = tl.where(inside, _logits(teacher_row, column, inside, top, scale, QUANTISED), NEVER) / temperature
+            u_s = tl.exp2(-tl.abs(z_s) * LOG2_E)
+            u_t = tl.exp2(-tl.abs(z_t) * LOG2_E)
+            p_s = tl.where(z_s > 0, 1.0, u_s) / (1.0 + u_s)
+            p_t = tl.where(z_t > 0, 1.0, u_t) / (1.0 + u_t)
+            # softplus(z) is max(z, 0) + log(1 + exp(-|z|)); where no column is, both terms of either sum are zero
+            loss += tl.sum(tl.maximum(z_s, 0.0) + tl.log(1.0 + u_s) - p_t * z_s)
+            entropy += tl.sum(tl.maximum(z_t, 0.0) + tl.log(1.0 + u_t) - p_t * z_t)
             agree += tl.sum(tl.where(inside & ((z_s > 0) == (z_t > 0)), 1.0, 0.0))
             if GRADIENT:
-                slope = (_sigmoid(z_s) - p_t) * (weight / (temperature * width))
-                tl.store(gradient_row + column, slope, mask=inside)
+                tl.store(gradient_row + column, (p_s - p_t) * (slope / width), mask=inside)
         loss /= width
         entropy /= width
         agree /= width
     elif ONE_PASS:
         inside = lanes < width
-        z_s = _student(student_row, lanes, inside, float("-inf"), temperature)
-        z_t = _teacher(teacher_row, lanes, inside, float("-inf"), temperature, top, scale, QUANTISED)
+        z_s = tl.where(inside, _logits(student_row, lanes, inside, top, scale, False), NEVER)
+        z_t = tl.where(inside, _logits(teacher_row, lanes, inside, top, scale, QUANTISED), NEVER)
         max_s = tl.max(z_s)
         max_t = tl.max(z_t)
-        agree = tl.max(tl.where((z_s == max_s) & (z_t == max_t), 1.0, 0.0))
-        e_s = tl.exp(z_s - max_s)
-        e_t = tl.exp(z_t - max_t)
+        agree = tl.where(tl.max(tl.where(z_t == max_t, z_s, NEVER)) == max_s, 1.0, 0.0)
+        x_s = (z_s - max_s) * unit
+        x_t = (z_t - max_t) * unit
+        e_s = tl.exp2(x_s)
+        e_t = tl.exp2(x_t)
         sum_s = tl.sum(e_s)
         sum_t = tl.sum(e_t)
-        loss = max_s + tl.log(sum_s) - tl.sum(e_t * tl.where(inside, z_s, 0.0)) / sum_t
-        entropy = max_t + tl.log(sum_t) - tl.sum(e_t * tl.where(inside, z_t, 0.0)) / sum_t
+        loss = LN_2 * (tl.log2(sum_s) - tl.sum(e_t * x_s) / sum_t)
+        entropy = LN_2 * (tl.log2(sum_t) - tl.sum(e_t * x_t) / sum_t)
         if GRADIENT:
-            slope = (e_s / sum_s - e_t / sum_t) * (weight / temperature)
-            tl.store(gradient_row + lanes, slope, mask=inside)
+            tl.store(gradient_row + lanes, e_s * (slope / sum_s) - e_t * (slope / sum_t), mask=inside)
     else:
-        max_s = float("-inf")
-        max_t = float("-inf")
+        max_s = NEVER
+        max_t = NEVER
+        agree = 0.0
         sum_s = 0.0
         sum_t = 0.0
-        dot_s = 0.0  # sum of exp(z_t - max_t) * z_s
-        dot_t = 0.0  # sum of exp(z_t - max_t) * z_t
+        dot_s = 0.0  # sum of exp(z_t - max_t) * (z_s - max_s)
+        dot_t = 0.0
         for start in range(0, width, BLOCK):
             column = start + lanes
             inside = column < width
-            z_s = _student(student_row, column, inside, float("-inf"), temperature)
-            z_t = _teacher(teacher_row, column, inside, float("-inf"), temperature, top, scale, QUANTISED)
+            z_s = tl.where(inside, _logits(student_row, column, inside, top, scale, False), NEVER)
+            z_t = tl.where(inside, _logits(teacher_row, column, inside, top, scale, QUANTISED), NEVER)
             new_s = tl.maximum(max_s, tl.max(z_s))
             new_t = tl.maximum(max_t, tl.max(z_t))
             # Columns before can be the largest of both only while neither maximum has moved on.
             before = tl.where((new_s == max_s) & (new_t == max_t), agree, 0.0)
-            agree = tl.maximum(before, tl.max(tl.where((z_s == new_s) & (z_t == new_t), 1.0, 0.0)))
-            sum_s = sum_s * tl.exp(max_s - new_s) + tl.sum(tl.exp(z_s - new_s))
-            shrink = tl.exp(max_t - new_t)
-            e_t = tl.exp(z_t - new_t)
+            here = tl.max(tl.where(z_t == new_t, z_s, NEVER)) == new_s
+            agree = tl.maximum(before, tl.where(here, 1.0, 0.0))
+            down_s = (max_s - new_s) * unit
+            down_t = (max_t - new_t) * unit
+            shrink = tl.exp2(down_t)
+            x_s = (z_s - new_s) * unit
+            x_t = (z_t - new_t) * unit
+            e_t = tl.exp2(x_t)
+            dot_s = (dot_s + sum_t * down_s) * shrink + tl.sum(e_t * x_s)
+            dot_t = (dot_t + sum_t * down_t) * shrink + tl.sum(e_t * x_t)
+            sum_s = sum_s * tl.exp2(down_s) + tl.sum(tl.exp2(x_s))
             sum_t = sum_t * shrink + tl.sum(e_t)
-            dot_s = dot_s * shrink + tl.sum(e_t * tl.where(inside, z_s, 0.0))
-            dot_t = dot_t * shrink + tl.sum(e_t * tl.where(inside, z_t, 0.0))
             max_s = new_s
             max_t = new_t
-        loss = max_s + tl.log(sum_s) - dot_s / sum_t
-        entropy = max_t + tl.log(sum_t) - dot_t / sum_t
+        loss = LN_2 * (tl.log2(sum_s) - dot_s / sum_t)
+        entropy = LN_2 * (tl.log2(sum_t) - dot_t / sum_t)
         if GRADIENT:
             for start in range(0, width, BLOCK):
                 column = start + lanes
                 inside = column < width
-                z_s = _student(student_row, column, inside, 0.0, temperature)
-                z_t = _teacher(teacher_row, column, inside, 0.0, temperature, top, scale, QUANTISED)
-                slope = tl.exp(z_s - max_s) / sum_s - tl.exp(z_t - max_t) / sum_t
-                tl.store(gradient_row + column, slope * (weight / temperature), mask=inside)
+                z_s = _logits(student_row, column, inside, top, scale, False)
+                z_t = _logits(teacher_row, column, inside, top, scale, QUANTISED)
+                e_s = tl.exp2((z_s - max_s) * unit)
+                e_t = tl.exp2((z_t - max_t) * unit)
+                tl.store(gradient_row + column, e_s * (slope / sum_s) - e_t * (slope / sum_t), mask=inside)
 
     tl.store(totals_ptr + out, loss * weight / rows)
     tl.store(losses_ptr + out, loss)
@@ -182,8 +187,7 @@ def losses_and_gradient(
     statistics = torch.empty(4, rows, heads, dtype=torch.float32, device=student.device)
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
-    widest = triton.next_power_of_2(max(segments.widths))
-    block = widest if widest <= LARGEST_BLOCK else LOOP_BLOCK
+    strides = [z.stride(0) for z in (student, values, student if gradient is None else gradient)]
     with torch.cuda.device_of(student):  # Triton launches on the current device, which need not be the logits'
         _multihead_ce[(rows, heads)](
             student,
@@ -193,19 +197,12 @@ def losses_and_gradient(
             *statistics,
             places,
             factors,
-            student.stride(0),
-            values.stride(0),
-            student.stride(0) if gradient is None else gradient.stride(0),
+            *strides,
             rows,
             heads,
-            SIGMOID_KIND=SIGMOID,
-            ANY_SIGMOID="sigmoid" in segments.kinds,
             QUANTISED=scales is not None,
             GRADIENT=needs_gradient,
-            ALIGNMENT=segments.alignment,
-            ONE_PASS=widest <= LARGEST_BLOCK,
-            BLOCK=block,
-            num_warps=min(max(block // 512, 1), 16),
+            **launch(segments, rows, strides),
         )
     totals, losses, entropies, agreement = statistics
     return totals.sum(), losses, entropies, agreement, gradient
@@ -213,3 +210,20 @@ def losses_and_gradient(
 
 def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def launch(segments: Segments, rows: int, strides: list[int]) -> dict[str, Any]:
+    """How the kernel is compiled and launched for logits [rows, >= sum C] of these strides."""
+    widest, many = triton.next_power_of_2(max(segments.widths)), rows * len(segments.widths) >= MANY
+    one_pass = widest <= LARGEST_BLOCK
+    walked = 1024 if many else LARGEST_BLOCK
+    block = widest if one_pass else walked
+    return {
+        "SIGMOID_KIND": SIGMOID,
+        "ANY_SIGMOID": "sigmoid" in segments.kinds,
+        "ALIGNMENT": math.gcd(segments.alignment, *strides),
+        "ONE_PASS": one_pass,
+        "BLOCK": block,
+        "num_warps": max(block // (1024 if many else 256), 1),
+        "enable_fp_fusion": True,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from fastcon.kernels.multihead_ce import QuantisedLogits, Segments, multihead_cross_entropy
+from fastcon.kernels.multihead_ce_triton import MANY, launch
 from torch import Tensor
 
 IMPLEMENTATIONS = ["torch", "triton"]
@@ -144,6 +146,12 @@ def test_alignment_divides_every_offset_and_width():
     assert [table(widths).alignment for widths in ([16, 1000, 8], [16, 1000, 4], [6], [13, 8])] == [8, 4, 2, 1]
 
 
+def test_the_kernel_is_told_no_more_than_offsets_widths_and_strides_have_in_common():
+    tables = [table([16, 1000]), table([16, 1000]), table([16, 1002])]
+    strides = [[1016, 1016, 1016], [1016, 1017, 1016], [1032, 1032, 1032]]
+    assert [launch(t, 8, s)["ALIGNMENT"] for t, s in zip(tables, strides, strict=True)] == [8, 1, 2]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_columns_between_heads_get_no_gradient(impl):
     segments = table([3, 11, 11], gap=5)
@@ -231,38 +239,63 @@ def test_the_kernel_refuses_float64():
 
 
 COMPILE = """
-import re, sys
+import itertools, json, re, subprocess, sys
+from pathlib import Path
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastcon.kernels.multihead_ce_triton import _multihead_ce as kernel
-student, teacher, alignment, block, one_pass = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+from fastcon.kernels.multihead_ce import Segments
+from fastcon.kernels.multihead_ce_triton import _multihead_ce as kernel, launch
+
+student, teacher, rows, widths = json.loads(sys.argv[1])
+offsets, heads, stride = [0, *itertools.accumulate(widths)][:-1], len(widths), sum(widths)
+table = Segments(tuple(offsets), tuple(widths), (1.0,) * heads, (2.0,) * heads, ("softmax",) * heads)
+constants = launch(table, rows, [stride] * 3) | {"QUANTISED": teacher == "u8", "GRADIENT": True}
+options = {option: constants.pop(option) for option in ("num_warps", "enable_fp_fusion")}
 names = kernel.arg_names
-pointers = {"student_ptr": student, "gradient_ptr": student, "teacher_ptr": teacher, "places_ptr": "i64"}
-constants = {"SIGMOID_KIND": 1, "ANY_SIGMOID": True, "QUANTISED": teacher == "u8", "GRADIENT": True,
-             "ALIGNMENT": alignment, "ONE_PASS": bool(one_pass), "BLOCK": block}
+pointers = {"student_ptr": student, "gradient_ptr": student, "teacher_ptr": teacher, "places_ptr": "i32"}
 signature = {n: "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "constexpr" if n in constants else "i32"
              for n in names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith(("_ptr", "_stride"))}
-source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-print(len(re.findall(r"ld\\.global\\.v4", ptx)), len(re.findall(r"st\\.global\\.v4", ptx)))
+sixteens = [n for n in names if n.endswith("_ptr") or (n.endswith("_stride") and stride % 16 == 0)]  # as at a launch
+hints = {(names.index(n),): [["tt.divisibility", 16]] for n in sixteens}
+source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, hints)
+Path("cubin").write_bytes(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
+
+def tool(name, *arguments):
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    return subprocess.run([tools / name, *arguments, "cubin"], capture_output=True, text=True, check=True).stdout
+
+registers, spilled = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", tool("cuobjdump", "-res-usage")).groups())
+code = re.findall(r"^\\s+/\\*[0-9a-f]+\\*/\\s+(?:@!?U?P\\d+ )?([A-Z0-9.]+)", tool("nvdisasm", "-c"), re.M)
+warps = options["num_warps"]
+programs = min(65536 // (-(-registers // 8) * 8 * 32 * warps), 64 // warps, 32)
+bits = [max([int(b) for b in re.findall(r"\\.(64|128)", c)] + [32]) for c in code if c.startswith(("LDG", "STG"))]
+print(json.dumps({"spilled": spilled, "warps": programs * warps, "widest": max(bits), "narrow": bits.count(32),
+                  "a column": len(code) / (constants["BLOCK"] // (32 * warps))}))
 """
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wide"),
+    ("case", "widest"),
     [
-        (["bf16", "fp16", "8", "1024", "1"], True),
-        (["fp32", "fp32", "1", "1024", "1"], False),
-        (["fp16", "u8", "8", "4096", "0"], True),
+        (["bf16", "fp16", 32, [1000]], 128),  # rows of 1,000: multiples of 8, not of 16
+        (["bf16", "fp16", 1024, [1000, 1000, 1000]], 128),
+        (["bf16", "fp16", 1024, [1500, 1500]], 64),
+        (["fp32", "fp32", 256, [1000]], 128),
+        (["fp16", "u8", 1024, [1000, 200]], 128),
+        (["bf16", "fp16", 4096, [10_000]], 128),
+        (["bf16", "u8", 32, [10_000]], 128),
     ],
+    ids=str,
 )
-def test_compiles_for_a_hopper_gpu(arguments, wide, tmp_path):
-    """To PTX, which needs no GPU; where every head is aligned, 16 bytes are loaded and stored at a time."""
+def test_compiles_for_a_hopper_gpu(case, widest, tmp_path):
+    """As it would be launched there, which needs no GPU: all logits in wide loads, room for other warps, few steps."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    arguments = [sys.executable, "-c", COMPILE, json.dumps(case)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    loads, stores = map(int, done.stdout.split())
-    assert (loads > 0, stores > 0) == (wide, wide)
+    found = json.loads(done.stdout)
+    assert (found["spilled"], found["widest"]) == (0, widest)
+    assert found["narrow"] <= 10  # the table, the scales and the results of a (row, head)
+    assert found["warps"] >= 16
+    assert case[2] * len(case[3]) < MANY or found["a column"] < 55
