@@ -207,7 +207,7 @@ def losses_and_gradient_torch(
                 out = gradient[rows, columns].unflatten(1, (count, width))
                 torch.mul(p[:, 0].sub_(p[:, 1]), slopes[heads], out=out)
     losses, entropies, agreement = statistics
-    return losses.mean(0) @ factors[:, 0], losses, entropies, agreement, gradient
+    return torch.dot(losses.mean(0), factors[:, 0]), losses, entropies, agreement, gradient
 
 
 BLOCK = 1 << 20

@@ -211,6 +211,14 @@ def test_a_scaled_float16_gradient_does_not_underflow():
     assert ((recovered - gradient).abs() / gradient.abs()).median() < 2e-3
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_autocast_around_the_loss_rounds_nothing(impl):
+    segments = table([13, 1000])
+    student, teacher = logits(32, segments.columns, 4, torch.float32, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(student, teacher, segments, impl)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
