@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +34,7 @@ FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}
 TIFF_MODES = {"L", "RGB", "RGBA", "CMYK"}
 LARGEST_SIDE = 20_000
 LARGEST_AREA = 100_000_000
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _COLUMNS = (
     "ids",
     "containers",
@@ -41,6 +43,7 @@ _COLUMNS = (
     "widths",
     "heights",
     "digests",
+    "checksums",
     "names",
     "name_ends",
     "labels",
@@ -70,7 +73,9 @@ class Manifest:
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     digests: NDArray[np.uint8]
-    """[n, 16]: the first half of the SHA-256 of the bytes."""
+    """[n, 16]: the first half of the SHA-256 of the bytes: what the image is."""
+    checksums: NDArray[np.uint32]
+    """CRC-32C of the bytes: what every read is checked against, in a tenth of the time."""
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
     labels: NDArray[np.int32]
@@ -115,17 +120,23 @@ class Manifest:
 
 
 class ImageReader:
-    """Reads the encoded bytes of images and checks each against its recorded size and digest."""
+    """Reads the encoded bytes of images and checks each against its recorded size and checksum."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._files: dict[int, int] = {}
         self._opening = threading.Lock()
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._threads = len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads)
 
     def read(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
         """The bytes of some images, [size] each. Raises FastconError naming the first that differs."""
-        return list(self._pool.map(self._checked, indices))
+        share = max(-(-len(indices) // self._threads), 1)
+        parts = [indices[start : start + share] for start in range(0, len(indices), share)]
+        return list(itertools.chain.from_iterable(self._pool.map(self._some, parts)))
+
+    def _some(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
+        return [self._checked(index) for index in indices]
 
     def _checked(self, index: int) -> NDArray[np.uint8]:
         manifest = self.manifest
@@ -136,7 +147,7 @@ class ImageReader:
                 f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} cannot "
                 f"be read ({error.strerror}): put it back, or index the images anew"
             ) from error
-        if content_digest(data) != manifest.digests[index].tobytes():
+        if len(data) != manifest.sizes[index] or google_crc32c.value(data) != manifest.checksums[index]:
             raise FastconError(
                 f"image {manifest.name(index)!r} of {manifest.places[manifest.containers[index]]} changed "
                 f"since it was indexed ({manifest.sizes[index]} bytes then, {len(data)} now or other "
@@ -160,11 +171,6 @@ class ImageReader:
         self._pool.shutdown()
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def content_digest(data: bytes) -> bytes:
-    """16 bytes that name a content: the first half of its SHA-256."""
-    return hashlib.sha256(data).digest()[:16]
 
 
 def index(
@@ -216,6 +222,7 @@ def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None]
         widths=np.zeros(n, np.int32),
         heights=np.zeros(n, np.int32),
         digests=np.zeros((n, 16), np.uint8),
+        checksums=np.zeros(n, np.uint32),
         names=np.frombuffer(bytes(listing.names), dtype=np.uint8),
         name_ends=np.array(listing.name_ends, dtype=np.int64),
         labels=np.empty(0, np.int32),
@@ -233,8 +240,8 @@ def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None]
             keep[position] = False
             raw.rejects.append((raw.name(position), outcome))
         else:
-            raw.widths[position], raw.heights[position] = outcome[:2]
-            raw.digests[position] = np.frombuffer(outcome[2], dtype=np.uint8)
+            raw.widths[position], raw.heights[position], raw.checksums[position], digest = outcome
+            raw.digests[position] = np.frombuffer(digest, dtype=np.uint8)
         if progress and (done % 256 == 0 or done == n):
             progress(done, n)
     return raw if keep.all() else raw.select(np.flatnonzero(keep))
@@ -278,12 +285,16 @@ def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.intp]:
     return np.sort(by_id[1:][ids[by_id][1:] == ids[by_id][:-1]])
 
 
-def _examined(manifest: Manifest, trust: bool) -> Iterator[tuple[int, tuple[int, int, bytes] | str]]:
-    """(position, (width, height, digest) or the reason for rejecting it), in order, decoded in parallel."""
+_Found = tuple[int, int, int, bytes]
+"""Width, height, checksum and digest of an image."""
+
+
+def _examined(manifest: Manifest, trust: bool) -> Iterator[tuple[int, _Found | str]]:
+    """(position, what it is or the reason for rejecting it), in order, decoded in parallel."""
     reader = ImageReader(manifest)
     block = 32
 
-    def examine_block(start: int) -> list[tuple[int, int, bytes] | str]:
+    def examine_block(start: int) -> list[_Found | str]:
         return [_examine(reader, i, trust) for i in range(start, min(start + block, len(manifest.sizes)))]
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -293,7 +304,7 @@ def _examined(manifest: Manifest, trust: bool) -> Iterator[tuple[int, tuple[int,
     reader.close()
 
 
-def _examine(reader: ImageReader, index: int, trust: bool) -> tuple[int, int, bytes] | str:
+def _examine(reader: ImageReader, index: int, trust: bool) -> _Found | str:
     from PIL import Image
 
     try:
@@ -318,7 +329,7 @@ def _examine(reader: ImageReader, index: int, trust: bool) -> tuple[int, int, by
                 image.load()
     except Exception as error:
         return f"cannot be decoded: {' '.join(str(error).split())[:200].replace('_io.BytesIO object at', '').strip()}"
-    return width, height, content_digest(data)
+    return width, height, google_crc32c.value(data), hashlib.sha256(data).digest()[:16]
 
 
 def _save(manifest: Manifest, folder: Path) -> None:

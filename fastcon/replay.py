@@ -76,13 +76,10 @@ class _ShardReader:
 
     def read(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
         """The encoded bytes of baked views."""
-        chunk_rows = self._store.recipe.chunk_rows
-        found = []
-        for index in indices:
-            view, row = divmod(int(index), self._store.rows)
-            chunk, inside = divmod(row, chunk_rows)
-            found.append(self._shard(view, chunk)[inside])
-        return found
+        views, rows = np.divmod(np.asarray(indices), self._store.rows)
+        chunks, inside = np.divmod(rows, self._store.recipe.chunk_rows)
+        places = zip(views.tolist(), chunks.tolist(), inside.tolist(), strict=True)
+        return [self._shard(view, chunk)[k] for view, chunk, k in places]
 
     def _shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
         key = (view, chunk)

@@ -317,7 +317,7 @@ class Store:
         if expected < 0:
             raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
         try:
-            data = np.memmap(path, dtype=np.uint8, mode="r")
+            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of it cost less
         except (OSError, ValueError) as error:
             raise FastconError(f"{path} is missing or empty: `fastcon verify --repair` bakes it again") from error
         if checksum(data) != expected:

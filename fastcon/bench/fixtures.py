@@ -94,6 +94,7 @@ def manifest_of(rows: int) -> Manifest:
         widths=side,
         heights=side,
         digests=np.zeros((rows, 16), dtype=np.uint8),
+        checksums=np.zeros(rows, dtype=np.uint32),
         names=names,
         name_ends=8 * np.arange(1, rows + 1),
         labels=np.full(rows, -1, dtype=np.int32),
