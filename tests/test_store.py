@@ -72,6 +72,14 @@ def test_a_flipped_byte_is_found(copy, at):
         Store(copy).logits("letters", 1, 1)
 
 
+@pytest.mark.parametrize("change", [-1000, -1, 1, 1000])
+def test_a_chunk_of_another_length_is_found(copy, change):
+    data = chunk_file(copy).read_bytes()
+    chunk_file(copy).write_bytes(data[:change] if change < 0 else data + bytes(change))
+    with pytest.raises(FastconError, match=rf"view 1, chunk 1 .* is damaged \({len(data) + change} bytes long\)"):
+        Store(copy).logits("letters", 1, 1)
+
+
 def test_a_chunk_in_the_place_of_another_is_found(copy):
     shutil.copy(chunk_file(copy, 0, 0), chunk_file(copy, 1, 1))
     with pytest.raises(FastconError, match="holds other rows than were written"):
