@@ -72,7 +72,7 @@ def test_a_flipped_byte_is_found(copy, at):
         Store(copy).logits("letters", 1, 1)
 
 
-@pytest.mark.parametrize("change", [-1000, -1, 1, 1000])
+@pytest.mark.parametrize("change", [-100, -1, 1, 1000])
 def test_a_chunk_of_another_length_is_found(copy, change):
     data = chunk_file(copy).read_bytes()
     chunk_file(copy).write_bytes(data[:change] if change < 0 else data + bytes(change))
