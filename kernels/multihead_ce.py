@@ -181,33 +181,14 @@ def losses_and_gradient_torch(
     float32 (float64 for float64 logits).
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    _, factors, slopes = (part.to(dtype) for part in segments.on(student.device))
+    parts, weights = _plan(segments, len(student), dtype, student.device)
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
     statistics = torch.empty(3, len(student), len(segments.widths), dtype=dtype, device=student.device)
-    for heads in segments.alike:
-        offset, width, kind = (column[heads.start] for column in (segments.offsets, segments.widths, segments.kinds))
-        temperature, count = segments.temperatures[heads.start], heads.stop - heads.start
-        columns = slice(offset, offset + count * width)
-        take = _softmax_heads if kind == "softmax" else _sigmoid_heads
-        step = max(BLOCK // (count * width), 1)
-        for start in range(0, len(student), step):
-            rows = slice(start, start + step)
-            # Rows come first, so that threads, which share out an operation by its first dimension, keep to their rows.
-            z, p = _scratch(2, len(student[rows]), 2, count, width, dtype=dtype, device=student.device)
-            z[:, 0].copy_(student[rows, columns].unflatten(1, (count, width)))
-            for head in range(count) if isinstance(teacher, QuantisedLogits) else ():
-                part = slice(offset + head * width, offset + (head + 1) * width)
-                z[:, 1, head].copy_(QuantisedLogits(*(x[rows] for x in teacher)).head(heads.start + head, part))
-            if not isinstance(teacher, QuantisedLogits):
-                z[:, 1].copy_(teacher[rows, columns].unflatten(1, (count, width)))
-            z.mul_(1 / temperature)
-            take(z, p, statistics[:, rows, heads])
-            if gradient is not None:
-                out = gradient[rows, columns].unflatten(1, (count, width))
-                torch.mul(p[:, 0].sub_(p[:, 1]), slopes[heads], out=out)
-    losses, entropies, agreement = statistics
-    return torch.dot(losses.mean(0), factors[:, 0]), losses, entropies, agreement, gradient
+    for part in parts:
+        part.take(student, teacher, statistics, gradient)
+    losses, entropies, agreement = statistics.unbind()
+    return torch.dot(losses.flatten(), weights), losses, entropies, agreement, gradient
 
 
 BLOCK = 1 << 20
@@ -216,13 +197,64 @@ BLOCK = 1 << 20
 _kept = threading.local()
 
 
-def _scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of this thread's, kept from call to call: on a CPU, fresh pages would cost more than the arithmetic."""
-    key, elements = (dtype, device), math.prod(shape)
-    held = vars(_kept).setdefault("memory", {})
-    if key not in held or len(held[key]) < elements:
-        held[key] = torch.empty(elements, dtype=dtype, device=device)
-    return held[key][:elements].view(shape)
+def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[list[_Part], Tensor]:
+    """The parts that the twin takes one after another, and the weight of each (row, head) in the total [B * H].
+
+    Kept from call to call, as is the memory they share: on small batches, making them would cost as much as the work.
+    """
+    plans = vars(_kept).setdefault("plans", {})
+    key = (segments, rows, dtype, device)
+    if key not in plans:
+        blocks = []
+        for heads in segments.alike:
+            width = segments.widths[heads.start] * (heads.stop - heads.start)
+            step = max(BLOCK // width, 1)
+            blocks += [(heads, slice(start, min(start + step, rows)), width) for start in range(0, rows, step)]
+        needed = max((4 * (block.stop - block.start) * width for _, block, width in blocks), default=0)
+        memory = vars(_kept).get((dtype, device))
+        if memory is None or len(memory) < needed or len(plans) >= 16:
+            plans.clear()  # so that no memory is held that has become too small
+            memory = vars(_kept)[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
+        weights = (segments.on(device)[1][:, 0].to(dtype) / max(rows, 1)).repeat(rows)
+        plans[key] = [_Part(segments, heads, block, memory) for heads, block, _ in blocks], weights
+    return plans[key]
+
+
+class _Part:
+    """Some rows of heads that are alike, and views of the memory [rows, 2, k, C] they are worked on in.
+
+    Rows come first, so that threads, which share out an operation by its first dimension, keep to their rows.
+    """
+
+    def __init__(self, segments: Segments, heads: slice, rows: slice, memory: Tensor) -> None:
+        first, count, n = heads.start, heads.stop - heads.start, rows.stop - rows.start
+        width, self._offset = segments.widths[first], segments.offsets[first]
+        self._rows, self._heads, self._width = rows, heads, width
+        self._columns = slice(self._offset, self._offset + count * width)
+        self._shape = n, count, width
+        self._take = _softmax_heads if segments.kinds[first] == "softmax" else _sigmoid_heads
+        # A tensor of one number and not the number: so that logits of fewer bits become `dtype` before they are scaled.
+        self._unit = memory.new_tensor([1 / segments.temperatures[first]])
+        self._slopes = segments.on(memory.device)[2][heads].to(memory.dtype)
+        self._work = memory[: 4 * n * count * width].view(2, n, 2, count, width).unbind()
+        (self._z_s, self._z_t), (self._p_s, self._p_t) = (part.unbind(1) for part in self._work)
+
+    def take(
+        self, student: Tensor, teacher: Tensor | QuantisedLogits, statistics: Tensor, gradient: Tensor | None
+    ) -> None:
+        """Fill in the part's statistics of [3, B, H] and its gradient."""
+        torch.mul(student[self._rows, self._columns].view(self._shape), self._unit, out=self._z_s)
+        if isinstance(teacher, QuantisedLogits):
+            some = QuantisedLogits(*(x[self._rows] for x in teacher))
+            for k, head in enumerate(range(self._heads.start, self._heads.stop)):
+                start = self._offset + k * self._width
+                torch.mul(some.head(head, slice(start, start + self._width)), self._unit, out=self._z_t[:, k])
+        else:
+            torch.mul(teacher[self._rows, self._columns].view(self._shape), self._unit, out=self._z_t)
+        self._take(*self._work, statistics[:, self._rows, self._heads])
+        if gradient is not None:
+            out = gradient[self._rows, self._columns].view(self._shape)
+            torch.mul(self._p_s.sub_(self._p_t), self._slopes, out=out)
 
 
 def _softmax_heads(z: Tensor, p: Tensor, out: Tensor) -> None:
@@ -231,8 +263,8 @@ def _softmax_heads(z: Tensor, p: Tensor, out: Tensor) -> None:
     log sum exp(z - max z) is -log of the largest probability: no pass over the logits of its own.
     """
     z.sub_(z.amax(3, keepdim=True))
+    torch.eq(torch.add(z[:, 0], z[:, 1], out=p[:, 0]).amax(2), 0, out=out[2])
     torch.softmax(z, 3, out=p)
-    torch.eq(torch.add(z[:, 0], z[:, 1]).amax(2), 0, out=out[2])
     torch.neg(p.amax(3).log_().add_(z.mul_(p[:, 1:]).sum(3)), out=out[:2].transpose(0, 1))
 
 

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fastcon.kernels import multihead_ce
 from fastcon.kernels.multihead_ce import QuantisedLogits, Segments, multihead_cross_entropy
 from fastcon.kernels.multihead_ce_triton import MANY, launch
 from torch import Tensor
@@ -125,12 +128,39 @@ def test_sigmoid_heads(impl, widths):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("widths", [[1], [13, 1000, 5], [17000, 40]])
+@pytest.mark.parametrize("widths", [[1], [13, 1000, 5], [17000, 40], [9, 9, 9, 9]])
 def test_quantised_teachers(impl, dtype, widths):
     segments = table(widths, ["softmax"] * (len(widths) - 1) + ["sigmoid"])
     student, _ = logits(6, segments.columns, 4, dtype, 5)
     teacher, dense = quantised(6, segments, 6)
     check(student, teacher, segments, impl, dense)
+
+
+def test_the_twin_takes_large_batches_in_blocks(monkeypatch):
+    monkeypatch.setattr(multihead_ce, "BLOCK", 100)
+    monkeypatch.setattr(multihead_ce, "_kept", threading.local())
+    segments = table([7, 7, 40, 13], ["softmax", "softmax", "softmax", "sigmoid"])
+    check(*logits(23, segments.columns, 4, torch.float32, 7), segments, "torch")
+    teacher, dense = quantised(23, segments, 8)
+    check(logits(23, segments.columns, 4, torch.float32, 7)[0], teacher, segments, "torch", dense)
+
+
+def test_what_the_twin_keeps_from_call_to_call_is_bounded(monkeypatch):
+    monkeypatch.setattr(multihead_ce, "_kept", threading.local())
+    segments = table([13, 40])
+    for rows in range(1, 60):
+        check(*logits(rows, segments.columns, 4, torch.float32, rows), segments, "torch")
+        kept = vars(multihead_ce._kept)
+        assert len(kept["plans"]) <= 16
+        memory = {part._work[0].untyped_storage().data_ptr() for parts, _ in kept["plans"].values() for part in parts}
+        assert len(memory) == 1
+
+
+def test_the_twin_runs_in_several_threads_at_once():
+    segments = table([200, 300])
+    given = [logits(64, segments.columns, 4, torch.float32, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: check(*given[k % 4], segments, "torch"), range(100)))
 
 
 def test_quantised_logits_need_their_scales():
