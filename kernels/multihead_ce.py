@@ -204,7 +204,9 @@ def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.devic
     """
     plans = vars(_kept).setdefault("plans", {})
     key = (segments, rows, dtype, device)
-    if key not in plans:
+    if key in plans:
+        return plans[key]
+    with torch.inference_mode(False):  # or none of it could be used outside of it later
         blocks = []
         for heads in segments.alike:
             width = segments.widths[heads.start] * (heads.stop - heads.start)
@@ -217,7 +219,7 @@ def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.devic
             memory = vars(_kept)[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
         weights = (segments.on(device)[1][:, 0].to(dtype) / max(rows, 1)).repeat(rows)
         plans[key] = [_Part(segments, heads, block, memory) for heads, block, _ in blocks], weights
-    return plans[key]
+        return plans[key]
 
 
 class _Part:

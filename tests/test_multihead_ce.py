@@ -156,6 +156,16 @@ def test_what_the_twin_keeps_from_call_to_call_is_bounded(monkeypatch):
         assert len(memory) == 1
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_training_goes_on_after_a_loss_in_inference_mode(impl):
+    segments = table([12, 17])  # a table of no other test
+    student, teacher = logits(9, segments.columns, 4, torch.float32, 5)
+    with torch.inference_mode():
+        before = multihead_cross_entropy(student, teacher, segments, impl)
+    check(student, teacher, segments, impl)
+    assert torch.equal(before.losses, multihead_cross_entropy(student, teacher, segments, impl).losses)
+
+
 def test_the_twin_runs_in_several_threads_at_once():
     segments = table([200, 300])
     given = [logits(64, segments.columns, 4, torch.float32, seed) for seed in range(4)]
