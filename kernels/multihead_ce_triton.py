@@ -18,7 +18,8 @@ from fastcon.kernels.multihead_ce import SIGMOID, QuantisedLogits, Segments
 from torch import Tensor
 
 LARGEST_BLOCK = 4096
-"""Columns that a program holds at once; wider heads are walked."""
+"""Columns that a program holds at once. Wider heads are walked, by so few programs at a time (4 or 5, of 4 warps, on
+each multiprocessor) that what they read lies in a GPU's 50 MB of L2 when they come back for the gradient."""
 MANY = 1024
 """Programs that fill a GPU: from then on one warp takes 1,024 columns, 32 a lane, which costs the fewest instructions a
 column; where they are fewer, four warps share them, as nothing else would fill the time that one waits."""
@@ -42,10 +43,7 @@ def _multihead_ce(
     teacher_ptr,
     scales_ptr,
     gradient_ptr,
-    totals_ptr,
-    losses_ptr,
-    entropies_ptr,
-    agreement_ptr,
+    statistics_ptr,
     places_ptr,
     factors_ptr,
     student_stride,
@@ -164,10 +162,11 @@ def _multihead_ce(
                 e_t = tl.exp2((z_t - max_t) * unit)
                 tl.store(gradient_row + column, e_s * (slope / sum_s) - e_t * (slope / sum_t), mask=inside)
 
-    tl.store(totals_ptr + out, loss * weight / rows)
-    tl.store(losses_ptr + out, loss)
-    tl.store(entropies_ptr + out, entropy)
-    tl.store(agreement_ptr + out, agree)
+    each = tl.num_programs(0).to(tl.int64) * heads
+    tl.store(statistics_ptr + out, loss * weight / rows)
+    tl.store(statistics_ptr + each + out, loss)
+    tl.store(statistics_ptr + 2 * each + out, entropy)
+    tl.store(statistics_ptr + 3 * each + out, agree)
 
 
 def losses_and_gradient(
@@ -194,7 +193,7 @@ def losses_and_gradient(
             values,
             student if scales is None else scales.contiguous(),
             student if gradient is None else gradient,
-            *statistics,
+            statistics,
             places,
             factors,
             *strides,
@@ -204,7 +203,7 @@ def losses_and_gradient(
             GRADIENT=needs_gradient,
             **launch(segments, rows, strides),
         )
-    totals, losses, entropies, agreement = statistics
+    totals, losses, entropies, agreement = statistics.unbind()
     return totals.sum(), losses, entropies, agreement, gradient
 
 
@@ -215,14 +214,12 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
 def launch(segments: Segments, rows: int, strides: list[int]) -> dict[str, Any]:
     """How the kernel is compiled and launched for logits [rows, >= sum C] of these strides."""
     widest, many = triton.next_power_of_2(max(segments.widths)), rows * len(segments.widths) >= MANY
-    one_pass = widest <= LARGEST_BLOCK
-    walked = 1024 if many else LARGEST_BLOCK
-    block = widest if one_pass else walked
+    block = min(widest, LARGEST_BLOCK)
     return {
         "SIGMOID_KIND": SIGMOID,
         "ANY_SIGMOID": "sigmoid" in segments.kinds,
         "ALIGNMENT": math.gcd(segments.alignment, *strides),
-        "ONE_PASS": one_pass,
+        "ONE_PASS": widest == block,
         "BLOCK": block,
         "num_warps": max(block // (1024 if many else 256), 1),
         "enable_fp_fusion": True,
