@@ -191,11 +191,7 @@ class Loader:
                 if images is None:
                     return
                 (stacked, indices, labels), copied = next(rows)
-                if copied is not None:
-                    stream = torch.cuda.current_stream(self.device)
-                    stream.wait_event(copied)
-                    for tensor in _tensors(stacked, labels):
-                        tensor.record_stream(stream)  # its memory is not given away before the work with it is done
+                pipeline.hand_over(_tensors(stacked, labels), copied)
                 self.waits["logits"] += time.perf_counter() - decoded
                 yield Batch(images[self.store.recipe.size], stacked, indices, labels, self.names, self._widths)
         finally:

@@ -99,19 +99,34 @@ def decode(images: Images, requests: Iterable[Request], sizes: Sequence[int], op
     """Decode, crop, resize and flip each request, in order; a request has at most `options.batch_size` images.
 
     Each box is resized to every one of `sizes`. Bytes are read, and checked against what is recorded of them, in a
-    background thread ahead of decoding. Raises FastconError where an image changed or does not decode.
+    background thread ahead of decoding, and decoding goes on in another while a batch is used. Raises FastconError
+    where an image changed or does not decode.
     """
+    torch.get_num_threads()  # this thread's is settled before `workers` in another make 1 of the default for a moment
     reader = images.reader()
-    recent: deque[Encoded] = deque(maxlen=6)  # what a failure may be about
+    recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about
     encoded = prefetch(_remembered(_read(reader, requests), recent), depth=2)
     plan = _Plan(sorted(set(sizes)), images.side, options)
+    decoded = prefetch(GRAPHS[options.loader](encoded, plan), depth=1)
     try:
-        yield from GRAPHS[options.loader](encoded, plan)
+        for pixels, ready in decoded:
+            hand_over(pixels.values(), ready)
+            yield pixels
     except _Undecodable as error:
         raise FastconError(_culprit(images, recent, plan) or str(error)) from error
     finally:
+        decoded.close()  # first: it waits for what `encoded` still gives
         encoded.close()
         reader.close()
+
+
+def hand_over(tensors: Iterable[Tensor], ready: torch.cuda.Event | None) -> None:
+    """Make the current stream wait for tensors that another one fills, and keep their memory until it is done with them."""
+    if ready is not None:
+        for tensor in tensors:
+            stream = torch.cuda.current_stream(tensor.device)
+            stream.wait_event(ready)
+            tensor.record_stream(stream)
 
 
 def settings(loader: str, device: torch.device | str) -> dict[str, Any]:
@@ -216,15 +231,17 @@ def _remembered(encoded: Iterator[Encoded], recent: deque[Encoded]) -> Iterator[
 def _culprit(images: Images, recent: Iterable[Encoded], plan: _Plan) -> str | None:
     """Decode the images of the last batches one by one and name the first that fails."""
     alone = dataclasses.replace(plan, options=dataclasses.replace(plan.options, batch_size=1, threads=1))
-    for request, data in list(recent):
-        for k, index in enumerate(request.indices):
-            try:
-                list(GRAPHS[plan.options.loader](iter([(request[k : k + 1], [data[k]])]), alone))
-            except _Undecodable as error:
-                return (
-                    f"image {images.name(int(index))!r} does not decode ({error}): remove it, or leave out "
-                    "--trust-images so that indexing leaves it out"
-                )
+    singles = [(request[k : k + 1], [file]) for request, data in list(recent) for k, file in enumerate(data)]
+    decoded = 0
+    try:
+        for _ in GRAPHS[plan.options.loader](iter(singles), alone):
+            decoded += 1
+    except _Undecodable as error:
+        name = images.name(int(singles[decoded][0].indices[0]))
+        return (
+            f"image {name!r} does not decode ({error}): remove it, or leave out --trust-images so that indexing leaves "
+            "it out"
+        )
     return None
 
 
@@ -233,7 +250,11 @@ def _read(reader: Reader, requests: Iterable[Request]) -> Iterator[Encoded]:
         yield request, reader.read(request.indices.tolist())
 
 
-def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
+Decoded = tuple[Pixels, torch.cuda.Event | None]
+"""A batch, and on a GPU what to wait for before its use."""
+
+
+def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Decoded]:
     """On a GPU the whole way in one graph; on the CPU the graph decodes, and PyTorch resizes (see `_resized`)."""
     _dali_module()
     from nvidia.dali import fn, pipeline_def
@@ -290,12 +311,15 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
         images = fn.slice(fn.decoders.image(jpegs, **kind), box[:2], box[2:], axes=[0, 1])
         return tuple(fn.flip(resize(images, s), horizontal=flip) for s in sizes)
 
+    own = torch.cuda.Stream(device) if on_gpu else None  # so that decoding never waits for whoever uses the batches
+
     def dense(output: Any) -> Tensor:
         decoded = output.as_tensor()
-        if not on_gpu:  # no copy: the batch keeps its memory, and the next one takes other
+        if own is None:  # no copy: the batch keeps its memory, and the next one takes other
             return torch.from_dlpack(decoded).permute(0, 3, 1, 2)
-        pixels = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
-        feed_ndarray(decoded, pixels, cuda_stream=torch.cuda.current_stream(device))
+        with torch.cuda.stream(own):
+            pixels = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
+            feed_ndarray(decoded, pixels, cuda_stream=own)
         return pixels.permute(0, 3, 1, 2)
 
     pipe = graph()
@@ -311,11 +335,12 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
             except RuntimeError as error:
                 raise _Undecodable(f"DALI: {' '.join(str(error).split())[:200]}") from error
             if on_gpu or sizes == [plan.side]:
-                yield {size: dense(output) for size, output in zip(sizes, outputs, strict=True)}
+                pixels = {size: dense(output) for size, output in zip(sizes, outputs, strict=True)}
+                yield pixels, None if own is None else own.record_event()
             else:
                 crops = [torch.from_numpy(np.asarray(crop)) for crop in outputs[0]]  # type: ignore[union-attr]
                 flips = np.asarray(outputs[1].as_tensor()) if plan.side is None else np.zeros(len(crops), np.int32)
-                yield _resized(pool, crops, flips, sizes)
+                yield _resized(pool, crops, flips, sizes), None
 
 
 def _resized(pool: Executor, crops: list[Tensor], flips: NDArray[np.int32], sizes: list[int]) -> Pixels:
@@ -333,19 +358,16 @@ def _resized(pool: Executor, crops: list[Tensor], flips: NDArray[np.int32], size
     return out
 
 
-def _torchvision(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Pixels]:
+def _torchvision(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Decoded]:
     with ThreadPoolExecutor(plan.options.cores) as pool:
         for request, data in encoded:
             try:
                 images = list(pool.map(_crop, data, request.boxes, request.flips, [plan.sizes] * len(data)))
             except (OSError, ValueError) as error:  # Pillow's errors of bad content
                 raise _Undecodable(f"Pillow: {' '.join(str(error).split())[:200]}") from error
-            yield {
-                size: torch.from_numpy(np.stack([image[k] for image in images]))
-                .to(plan.options.device)
-                .permute(0, 3, 1, 2)
-                for k, size in enumerate(plan.sizes)
-            }
+            pixels = {size: np.stack([image[k] for image in images]) for k, size in enumerate(plan.sizes)}
+            device = plan.options.device
+            yield {size: torch.from_numpy(p).to(device).permute(0, 3, 1, 2) for size, p in pixels.items()}, None
 
 
 GRAPHS = {"dali": _dali, "torchvision": _torchvision}

@@ -141,12 +141,13 @@ def test_prefetch_hands_over_in_order_raises_and_closes():
     assert not endless._thread.is_alive()
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path):
+@pytest.mark.parametrize("bad", [0, 3, 4])
+def test_an_image_that_does_not_decode_is_named(tmp_path, bad):
     """Only --trust-images lets one through: its header is whole."""
     for i in range(5):
         write(tmp_path / f"{i}.jpg", encoded(seed=i))
-    write(tmp_path / "3.jpg", encoded(seed=3)[:-300])
+    write(tmp_path / f"{bad}.jpg", encoded(seed=bad)[:-300])
     manifest = index([tmp_path], trust=True)
     for loader in pipeline.LOADERS:
-        with pytest.raises(FastconError, match=r"image '3.jpg' does not decode .* leave out --trust-images"):
+        with pytest.raises(FastconError, match=rf"image '{bad}.jpg' does not decode .* leave out --trust-images"):
             pixels_of(manifest, 2, [16], loader=loader)
