@@ -272,7 +272,7 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        set_rng(state["rng"])
+        set_rng(state["rng"], settings.device)
         epoch, position = state["epoch"], state["metrics"]
         count(epoch * steps)
     metrics = Metrics(run.path / f"metrics-{stage}.jsonl", position)
@@ -312,7 +312,7 @@ def fit(
                             "model": model.state_dict(),
                             "optimizer": optimizer.state_dict(),
                             "scaler": scaler.state_dict(),
-                            "rng": rng_state(),
+                            "rng": rng_state(settings.device),
                             "epoch": step // steps,
                             "metrics": metrics.position,
                         },

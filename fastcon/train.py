@@ -132,7 +132,7 @@ def train(
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        set_rng(state["rng"])
+        set_rng(state["rng"], device)
         tally.load(state["tally"])
         step, position = state["step"], state["metrics"]
         say(f"resuming {out} at step {step} of {total}")
@@ -170,7 +170,7 @@ def train(
                 "student": student.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "rng": rng_state(),
+                "rng": rng_state(device),
                 "tally": tally.state(),
                 "step": step,
                 "metrics": metrics.position,
@@ -293,17 +293,17 @@ def make_optimizer(
     return optimizer
 
 
-def rng_state() -> dict[str, Tensor]:
-    """The random state that dropout draws from: the CPU's and the current GPU's."""
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The random state that dropout draws from: the CPU's and, where it is one, the GPU's."""
     state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng(state: dict[str, Tensor]) -> None:
+def set_rng(state: dict[str, Tensor], device: torch.device) -> None:
     """Go on from a state that `rng_state` returned."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, progress: float, milestones: tuple[float, ...]) -> None:

@@ -77,12 +77,26 @@ def check(rows, names):
 
 
 def test_rows_of_the_kernel_benchmark(monkeypatch):
-    monkeypatch.setattr(kernel, "_compiled", lambda *_: None)
-    rows = kernel.bench(lambda line: None, torch.device("cpu"), rounds=1, cases=[(4, [5, 3])])
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(kernel, "_compiled", no_compiler)
+    said: list[str] = []
+    rows = kernel.bench(said.append, torch.device("cpu"), rounds=1, cases=[(4, [5, 3])])
+    assert said[0] == "torch.compile does not work here: no compiler"
     check(rows, ["loss_vs_eager", "loss_vs_eager, with KL and agreement"])
     assert rows[0]["case"] == "B = 4, 2 heads, 8 classes"
     student, teacher = kernel._logits(4, segments := objective.segments([5, 3], [1, 1]), torch.device("cpu"))
     torch.testing.assert_close(kernel._fused(student, teacher, segments), kernel._loop(student, teacher, segments))
+
+
+def test_few_photos_come_several_times_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(fixtures, "RENDERED", 3)
+    files = fixtures.image_files([], tmp_path, 8, 40, 30)
+    contents = [file.read_bytes() for file in files]
+    assert (len(files), len(set(contents))) == (8, 3)
+    [file, *_] = fixtures.image_files([str(tmp_path / "photos")], tmp_path / "again", 1, 0, 0)
+    assert file.read_bytes() == contents[0]
 
 
 def test_the_loops_that_the_kernel_is_compared_with_are_the_same_loss():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from fastcon.codec import codec
 from fastcon.manifest import Manifest, index
 from fastcon.pipeline import Options
 from fastcon.store import Recipe
+
+RENDERED = 256
+"""Different photos that are rendered at most."""
 
 
 def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
@@ -36,17 +40,21 @@ def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Pat
 
 
 def image_files(images: Sequence[str], scratch: Path, count: int, width: int, height: int) -> list[Path]:
-    """The files of `images`, taken out of tars; rendered where none are given."""
-    if not images:
-        return sorted(photos(scratch / "photos", count, width, height).iterdir())
-    manifest = index(list(images))
+    """`count` files in scratch/photos: those of `images`, taken out of tars, or rendered ones; few come several times over."""
     folder = scratch / "photos"
-    folder.mkdir()
-    reader = manifest.reader()
-    for k, data in enumerate(reader.read(range(min(len(manifest), count)))):
-        suffix = Path(manifest.name(k)).suffix
-        (folder / f"{k:05d}{suffix}").write_bytes(data.tobytes())
-    reader.close()
+    if images:
+        manifest = index(list(images))
+        folder.mkdir(parents=True)
+        reader = manifest.reader()
+        for k, data in enumerate(reader.read(range(min(len(manifest), count)))):
+            (folder / f"{k:05d}{Path(manifest.name(k)).suffix}").write_bytes(data.tobytes())
+        reader.close()
+    else:
+        photos(folder, min(count, RENDERED), width, height)
+    files = sorted(folder.iterdir())
+    for number in range(len(files), count):
+        again = files[number % len(files)]
+        shutil.copy(again, folder / f"z{number:05d}{again.suffix}")
     return sorted(folder.iterdir())
 
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastcon import objective
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
 
+T = TypeVar("T")
 CASES = [(32, [1000]), (32, [1000, 98]), (256, [1000, 1000]), (256, [1000] + [200] * 10), (1024, [1500, 1500])]
 """Rows of a batch, classes of its heads."""
 LARGE = (4096, [10_000])
@@ -29,7 +30,8 @@ def bench(
     there are times under a CUDA graph, and the share of the bandwidth of a plain copy at 4,096 x 10,000. Where
     torch.compile, or Liger-Kernel's KL divergence on a GPU, does not work its rows are left out.
     """
-    rows = []
+    rows: list[Row] = []
+    on_gpu = device.type == "cuda"
     for batch, widths in cases or CASES:
         segments = objective.segments(widths, objective.head_weights(list(map(str, range(len(widths)))), "0"))
         student, teacher = _logits(batch, segments, device)
@@ -38,10 +40,10 @@ def bench(
             "eager": _timed(functools.partial(_loop, student, teacher, segments), student),
             "as much": _timed(lambda: _loop_with_statistics(student, teacher, segments)[0], student),  # noqa: B023
         }
-        others = {"compiled": _compiled(student, teacher, segments, say)}
-        if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-            others["liger"] = _liger(student, teacher, segments, say)
-        variants |= {name: _timed(loss, student) for name, loss in others.items() if loss is not None}
+        others = {"compiled": _tried("torch.compile", say, _compiled, student, teacher, segments)}
+        if on_gpu and importlib.util.find_spec("liger_kernel"):
+            others["liger"] = _tried("Liger-Kernel", say, _liger, student, teacher, segments)
+        variants |= {name: _timed(loss, student) for name, found in others.items() for loss in found}
         seconds = interleave(variants, rounds)
         case: dict[str, Any] = {
             "case": f"B = {batch}, {len(widths)} heads, {sum(widths)} classes",
@@ -57,11 +59,20 @@ def bench(
                 ours, other = (_micro(seconds[k]) for k in ("ours", theirs))
                 rows.append(compared(name, ours, other, "us", device.type, **case))
                 say(f"{name}, {case['case']}: {rows[-1]['ours']:.0f} against {rows[-1]['theirs']:.0f} us")
-        if device.type == "cuda":
-            rows.append(_graph_row(student, teacher, segments, rounds, case))
-    if device.type == "cuda":
-        rows.append(_bandwidth(device, rounds))
+        if on_gpu:
+            rows += _tried("a CUDA graph", say, _graph_row, student, teacher, segments, rounds, case)
+    if on_gpu:
+        rows += _tried("a CUDA graph", say, _bandwidth, device, rounds)
     return rows
+
+
+def _tried(what: str, say: Say, make: Callable[..., T], *arguments: Any) -> list[T]:
+    """What `make` makes of the arguments; nothing, and why, where that does not work here."""
+    try:
+        return [make(*arguments)]
+    except Exception as error:
+        say(f"{what} does not work here: {' '.join(str(error).split())[:80]}")
+        return []
 
 
 def _logits(batch: int, segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -124,24 +135,16 @@ def _kl_loop(
     return total
 
 
-def _liger(student: Tensor, teacher: Tensor, segments: Segments, say: Say) -> Callable[[], Tensor] | None:
-    try:
-        divergence = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean")
-        _kl_loop(divergence, student, teacher, segments).backward()
-    except Exception as error:
-        say(f"Liger-Kernel does not work here: {' '.join(str(error).split())[:80]}")
-        return None
+def _liger(student: Tensor, teacher: Tensor, segments: Segments) -> Callable[[], Tensor]:
+    divergence = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean")
+    _kl_loop(divergence, student, teacher, segments).backward()
     return lambda: _kl_loop(divergence, student, teacher, segments)
 
 
-def _compiled(student: Tensor, teacher: Tensor, segments: Segments, say: Say) -> Callable[[], Tensor] | None:
+def _compiled(student: Tensor, teacher: Tensor, segments: Segments) -> Callable[[], Tensor]:
     torch.compiler.reset()
     loop = torch.compile(_loop)
-    try:
-        loop(student, teacher, segments).backward()
-    except Exception as error:
-        say(f"torch.compile does not work here: {' '.join(str(error).split())[:80]}")
-        return None
+    loop(student, teacher, segments).backward()
     return lambda: loop(student, teacher, segments)
 
 
@@ -174,45 +177,49 @@ def _wait(tensor: Tensor) -> None:
 
 def _graph_row(student: Tensor, teacher: Tensor, segments: Segments, rounds: int, case: dict[str, Any]) -> Row:
     """us under a CUDA graph, ours against the loop over heads captured alike."""
+    leaf = student.detach().clone().requires_grad_()  # whose gradient no other stream has accumulated before
     variants = {}
-    for name, loss in (
-        ("ours", functools.partial(_fused, student, teacher, segments)),
-        ("eager", functools.partial(_loop, student, teacher, segments)),
-    ):
-        graph = _captured(loss, student)
-        variants[name] = _replayed(graph, student)
+    for name, loss in (("ours", _fused), ("eager", _loop)):
+        work = _captured(lambda: torch.autograd.grad(loss(leaf, teacher, segments), leaf), leaf.device)  # noqa: B023
+        variants[name] = _replayed(work, leaf.device)
     seconds = interleave(variants, rounds)
     ours, theirs = _micro(seconds["ours"]), _micro(seconds["eager"])
     return compared("loss_vs_eager, both in a CUDA graph", ours, theirs, "us", "cuda", **case)
 
 
-def _captured(loss: Callable[[], Tensor], student: Tensor) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(loss(), student)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.autograd.grad(loss(), student)
-    return graph
+def _captured(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph
 
 
-def _replayed(graph: torch.cuda.CUDAGraph, student: Tensor, times: int = 200) -> Callable[[], float]:
+def _replayed(graph: torch.cuda.CUDAGraph, device: torch.device, times: int = 200) -> Callable[[], float]:
+    """Seconds of one replay."""
+
     def run() -> float:
-        _wait(student)
+        torch.cuda.synchronize(device)
         started = time.perf_counter()
         for _ in range(times):
             graph.replay()
-        _wait(student)
+        torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / times
 
     return run
 
 
 def _bandwidth(device: torch.device, rounds: int) -> Row:
-    """GB/s of loss and gradient (bfloat16 and float16 in, bfloat16 out) against that of a copy of as many bytes."""
+    """GB/s of loss and gradient (bfloat16 and float16 in, bfloat16 out) against that of a copy of as many bytes.
+
+    What backward does with the gradient, which is to multiply it by a number, is not part of it. Both in a CUDA graph.
+    """
     from fastcon.kernels.multihead_ce_triton import losses_and_gradient
 
     batch, widths = LARGE
@@ -222,24 +229,10 @@ def _bandwidth(device: torch.device, rounds: int) -> Row:
     moved = 6 * student.numel()
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-
-    def rate(work: Callable[[], object]) -> Callable[[], float]:
-        def run() -> float:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(50):
-                work()
-            stop.record()
-            stop.synchronize()
-            return 50 * moved / start.elapsed_time(stop) / 1e6
-
-        return run
-
-    found = interleave(
-        {
-            "ours": rate(lambda: losses_and_gradient(student, teacher, segments, True)),
-            "copy": rate(lambda: target.copy_(source)),
-        },
-        rounds,
-    )
-    return compared("loss_bandwidth", found["ours"], found["copy"], "GB/s", "cuda", case=f"{batch} x {widths[0]}")
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: losses_and_gradient(student, teacher, segments, True),
+        "copy": lambda: target.copy_(source),
+    }
+    seconds = interleave({name: _replayed(_captured(work, device), device) for name, work in works.items()}, rounds)
+    ours, copied = ([moved / s / 1e9 for s in seconds[name]] for name in ("ours", "copy"))
+    return compared("loss_bandwidth", ours, copied, "GB/s", "cuda", case=f"{batch} x {widths[0]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -41,9 +40,6 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = image_files(images, folder, count, *size)
-        for number in range(len(files), count):  # few photos are read several times over
-            again = folder / "photos" / f"z{number:05d}.jpg"
-            files.append(Path(shutil.copy(files[number % len(files)], again)))
         manifest = index([str(folder / "photos")], trust=True)
         options, teachers = Options(BATCH, device), [CLASSES - CLASSES // 3, CLASSES // 3]
         plain = store_of(folder / "store", manifest, Recipe(size=SIDE), views, teachers, options)

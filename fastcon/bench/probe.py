@@ -56,6 +56,10 @@ def bench(
     Agreement is measured in full on a smaller problem (20 classes x 512 features, 20 trials), with scikit-learn fitted
     in the span of the training rows; objectives on 30 of its problems. On a GPU, where cuML is installed, its too.
     """
+    if device.type == "cuda":  # contexts and libraries are loaded on first use
+        probe.few_shot(
+            *features_like_resnets(4, 10, 64), *features_like_resnets(4, 5, 64), trials=1, device=str(device)
+        )
     x, y = features_like_resnets(classes, 10, width)
     test_x, test_y = features_like_resnets(classes, -(-test_images // classes), width, seed=1)
     rows = [

@@ -227,8 +227,8 @@ def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case:
         loader = Loader(str(path), batch_size=batch, device=device)
         [kept] = itertools.islice(loader, 1)
         variants = {}
+        torch.compiler.reset()  # else a second batch size is compiled for any batch size
         for mode in ("none", *modes):
-            torch.compiler.reset()  # else a second batch size is compiled for any batch size
             step = functools.partial(_step(loader, scale, device, used, mode), kept.pixels, kept.stacked)
             try:
                 step()
