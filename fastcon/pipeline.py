@@ -29,6 +29,8 @@ from fastcon.workers import workers
 
 T = TypeVar("T")
 LOADERS = ("dali", "torchvision")
+TOGETHER = 256
+"""Baked views of 224 px that are decoded at a time, or pixels to that number: small batches of them are joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Request:
         """Images that are squares of `side`, as they are."""
         boxes = np.tile(np.array([0, 0, side, side], dtype=np.int32), (len(indices), 1))
         return cls(indices, boxes, np.zeros(len(indices), dtype=np.uint8))
+
+    @classmethod
+    def joined(cls, requests: Sequence[Request]) -> Request:
+        """Several requests, one after another."""
+        columns = ([getattr(request, field.name) for request in requests] for field in dataclasses.fields(cls))
+        return cls(*map(np.concatenate, columns))
 
     def __getitem__(self, which: slice) -> Request:
         return Request(self.indices[which], self.boxes[which], self.flips[which])
@@ -102,16 +110,29 @@ def decode(images: Images, requests: Iterable[Request], sizes: Sequence[int], op
     background thread ahead of decoding, and decoding goes on in another while a batch is used. Raises FastconError
     where an image changed or does not decode.
     """
+    most = options.batch_size
+    if images.side is not None:  # small images, whose batches are taken together
+        most = max(most, min(TOGETHER, TOGETHER * 224**2 // images.side**2))
+    counts: deque[list[int]] = deque()
+
+    def groups() -> Iterator[Request]:
+        for group in _grouped(requests, most):
+            counts.append([len(request.indices) for request in group])
+            yield Request.joined(group)
+
     torch.get_num_threads()  # this thread's is settled before `workers` in another make 1 of the default for a moment
     reader = images.reader()
     recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about
-    encoded = prefetch(_remembered(_read(reader, requests), recent), depth=2)
-    plan = _Plan(sorted(set(sizes)), images.side, options)
+    encoded = prefetch(_remembered(_read(reader, groups()), recent), depth=2)
+    plan = _Plan(sorted(set(sizes)), images.side, dataclasses.replace(options, batch_size=most))
     decoded = prefetch(GRAPHS[options.loader](encoded, plan), depth=1)
     try:
         for pixels, ready in decoded:
             hand_over(pixels.values(), ready)
-            yield pixels
+            start = 0
+            for count in counts.popleft():
+                yield {size: batch[start : start + count] for size, batch in pixels.items()}
+                start += count
     except _Undecodable as error:
         raise FastconError(_culprit(images, recent, plan) or str(error)) from error
     finally:
@@ -243,6 +264,20 @@ def _culprit(images: Images, recent: Iterable[Encoded], plan: _Plan) -> str | No
             "it out"
         )
     return None
+
+
+def _grouped(requests: Iterable[Request], most: int) -> Iterator[list[Request]]:
+    """Requests that follow each other, as many together as have at most `most` images."""
+    group: list[Request] = []
+    held = 0
+    for request in requests:
+        if group and held + len(request.indices) > most:
+            yield group
+            group, held = [], 0
+        group.append(request)
+        held += len(request.indices)
+    if group:
+        yield group
 
 
 def _read(reader: Reader, requests: Iterable[Request]) -> Iterator[Encoded]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import shutil
 import tarfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastcon.loader import Loader
 from fastcon.manifest import index
 from fastcon.pipeline import Request
 from fastcon.precompute import precompute, run_teacher
+from fastcon.replay import Replay
 from fastcon.store import Store
 from fastcon.train import Machine, Options, train
 from fastcon.verify import verify
@@ -58,6 +60,21 @@ def test_a_shard_is_a_tar_of_the_rows_in_order(baked, proxy):
         assert image.shape == (32, 32, 3)
         assert np.abs(image - want).mean() < 12  # a JPEG of quality 90, of 32 pixels
     assert [part.tobytes() for part in store.shard(1, 2)] == [bake.encode(image, 90) for image in cut.astype(np.uint8)]
+
+
+def test_small_batches_are_decoded_together_and_come_apart_again(baked, monkeypatch):
+    replay, ends = Replay(Store(baked), None), [0, 7, 8, 40, 41, 73, 90, 150]
+    decoded = {}
+    for together in (1, 48, 256):
+        monkeypatch.setattr(pipeline, "TOGETHER", together)
+        requests = [replay.request(1, slice(a, b)) for a, b in itertools.pairwise(ends)]
+        options = pipeline.Options(batch_size=60)
+        decoded[together] = [batch[32] for batch in pipeline.decode(replay.images, requests, [32], options)]
+        assert [len(batch) for batch in decoded[together]] == np.diff(ends).tolist()
+        assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in decoded[together])
+    for one, *others in zip(*decoded.values(), strict=True):
+        assert all(torch.equal(one, other) for other in others)
+    assert len({batch.untyped_storage().data_ptr() for batch in decoded[256]}) == 1
 
 
 def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teachers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -139,6 +140,18 @@ def test_prefetch_hands_over_in_order_raises_and_closes():
     endless.close()
     assert time.monotonic() - started < 2
     assert not endless._thread.is_alive()
+
+
+@pytest.mark.parametrize("loader", pipeline.LOADERS)
+def test_who_stops_early_leaves_no_thread_behind(tmp_path, loader):
+    for i in range(16):
+        write(tmp_path / f"{i}.jpg", encoded(seed=i))
+    manifest = index([tmp_path])
+    before = set(threading.enumerate())
+    batches = pipeline.decode(manifest, requests_of(manifest, 1), [16], Options(batch_size=1, loader=loader))
+    next(batches)
+    batches.close()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("bad", [0, 3, 4])
