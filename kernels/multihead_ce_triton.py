@@ -109,14 +109,14 @@ def _multihead_ce(
         max_s = tl.max(z_s)
         max_t = tl.max(z_t)
         agree = tl.where(tl.max(tl.where(z_t == max_t, z_s, NEVER)) == max_s, 1.0, 0.0)
-        x_s = (z_s - max_s) * unit
-        x_t = (z_t - max_t) * unit
-        e_s = tl.exp2(x_s)
-        e_t = tl.exp2(x_t)
+        below_s = z_s - max_s
+        below_t = z_t - max_t
+        e_s = tl.exp2(below_s * unit)
+        e_t = tl.exp2(below_t * unit)
         sum_s = tl.sum(e_s)
         sum_t = tl.sum(e_t)
-        loss = LN_2 * (tl.log2(sum_s) - tl.sum(e_t * x_s) / sum_t)
-        entropy = LN_2 * (tl.log2(sum_t) - tl.sum(e_t * x_t) / sum_t)
+        loss = LN_2 * (tl.log2(sum_s) - tl.sum(e_t * below_s) * unit / sum_t)
+        entropy = LN_2 * (tl.log2(sum_t) - tl.sum(e_t * below_t) * unit / sum_t)
         if GRADIENT:
             tl.store(gradient_row + lanes, e_s * (slope / sum_s) - e_t * (slope / sum_t), mask=inside)
     else:
@@ -138,20 +138,20 @@ def _multihead_ce(
             before = tl.where((new_s == max_s) & (new_t == max_t), agree, 0.0)
             here = tl.max(tl.where(z_t == new_t, z_s, NEVER)) == new_s
             agree = tl.maximum(before, tl.where(here, 1.0, 0.0))
-            down_s = (max_s - new_s) * unit
-            down_t = (max_t - new_t) * unit
-            shrink = tl.exp2(down_t)
-            x_s = (z_s - new_s) * unit
-            x_t = (z_t - new_t) * unit
-            e_t = tl.exp2(x_t)
-            dot_s = (dot_s + sum_t * down_s) * shrink + tl.sum(e_t * x_s)
-            dot_t = (dot_t + sum_t * down_t) * shrink + tl.sum(e_t * x_t)
-            sum_s = sum_s * tl.exp2(down_s) + tl.sum(tl.exp2(x_s))
+            down_s = max_s - new_s
+            down_t = max_t - new_t
+            shrink = tl.exp2(down_t * unit)
+            below_s = z_s - new_s
+            below_t = z_t - new_t
+            e_t = tl.exp2(below_t * unit)
+            dot_s = (dot_s + sum_t * down_s) * shrink + tl.sum(e_t * below_s)
+            dot_t = (dot_t + sum_t * down_t) * shrink + tl.sum(e_t * below_t)
+            sum_s = sum_s * tl.exp2(down_s * unit) + tl.sum(tl.exp2(below_s * unit))
             sum_t = sum_t * shrink + tl.sum(e_t)
             max_s = new_s
             max_t = new_t
-        loss = LN_2 * (tl.log2(sum_s) - dot_s / sum_t)
-        entropy = LN_2 * (tl.log2(sum_t) - dot_t / sum_t)
+        loss = LN_2 * (tl.log2(sum_s) - dot_s * unit / sum_t)
+        entropy = LN_2 * (tl.log2(sum_t) - dot_t * unit / sum_t)
         if GRADIENT:
             for start in range(0, width, BLOCK):
                 column = start + lanes

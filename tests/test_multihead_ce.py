@@ -148,7 +148,7 @@ def test_the_twin_takes_large_batches_in_blocks(monkeypatch):
 def test_what_the_twin_keeps_from_call_to_call_is_bounded(monkeypatch):
     monkeypatch.setattr(multihead_ce, "_kept", threading.local())
     segments = table([13, 40])
-    for rows in range(1, 60):
+    for rows in [*range(60, 0, -1), *range(1, 80)]:
         check(*logits(rows, segments.columns, 4, torch.float32, rows), segments, "torch")
         kept = vars(multihead_ce._kept)
         assert len(kept["plans"]) <= 16
@@ -232,6 +232,24 @@ def test_agreement_is_a_class_that_both_rank_first(impl, width):
     segments = Segments((0,), (width,), (1.0,), (1.0,), ("softmax",))
     found = multihead_cross_entropy(student, teacher, segments, impl).agreement[:, 0]
     assert found.tolist() == [float(shared) for *_, shared in cases]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("width", [40, 5000], ids=["in one pass", "in blocks"])
+@pytest.mark.parametrize("whose", ["student", "teacher", "both"])
+def test_classes_that_are_masked_by_the_lowest_number(impl, width, whose):
+    segments = Segments((0,), (width,), (1.0,), (1.0,), ("softmax",))
+    student, _ = logits(3, width, 4, torch.float32, 5)
+    teacher = student.flip(1).contiguous()
+    lowest = torch.finfo(torch.float32).min
+    for z in (student,) * (whose != "teacher") + (teacher,) * (whose != "student"):
+        z[:, 7] = lowest
+    if whose == "student":  # what the teacher gives such a class costs that much
+        teacher[:, 7] = lowest / 2
+    check(student, teacher, segments, impl)
+    result = multihead_cross_entropy(student, teacher, segments, impl)
+    p = teacher.double().softmax(1)
+    torch.testing.assert_close(result.entropies[:, 0].double(), -(p * p.clamp_min(1e-300).log()).sum(1))
 
 
 def test_gradcheck():
