@@ -37,7 +37,8 @@ class Batch(NamedTuple):
     """What a loader yields."""
 
     pixels: Tensor
-    """uint8 [B, 3, size, size], channels-last: the pixels the teachers saw."""
+    """uint8 [B, 3, size, size], channels-last: the pixels the teachers saw. Of baked views a part of the memory of several
+    batches: clone what you keep."""
     stacked: Tensor | QuantisedLogits
     """All teachers' logits side by side [B, sum C], in `Loader.names` order; one byte each where all are stored so."""
     indices: NDArray[np.uint32]

@@ -6,6 +6,7 @@ A DALI graph does it with `mixed` decoding on a GPU; without one it decodes on t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -30,7 +31,7 @@ from fastcon.workers import workers
 T = TypeVar("T")
 LOADERS = ("dali", "torchvision")
 TOGETHER = 256
-"""Baked views of 224 px that are decoded at a time, or pixels to that number: small batches of them are joined."""
+"""Baked views that are decoded at a time: up to 8 smaller batches of them are joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def decode(images: Images, requests: Iterable[Request], sizes: Sequence[int], op
     """
     most = options.batch_size
     if images.side is not None:  # small images, whose batches are taken together
-        most = max(most, min(TOGETHER, TOGETHER * 224**2 // images.side**2))
+        most = max(most, min(8 * most, TOGETHER))
     counts: deque[list[int]] = deque()
 
     def groups() -> Iterator[Request]:
@@ -120,25 +121,25 @@ def decode(images: Images, requests: Iterable[Request], sizes: Sequence[int], op
             counts.append([len(request.indices) for request in group])
             yield Request.joined(group)
 
-    torch.get_num_threads()  # this thread's is settled before `workers` in another make 1 of the default for a moment
-    reader = images.reader()
-    recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about
-    encoded = prefetch(_remembered(_read(reader, groups()), recent), depth=2)
+    recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about: all that is on its way
     plan = _Plan(sorted(set(sizes)), images.side, dataclasses.replace(options, batch_size=most))
-    decoded = prefetch(GRAPHS[options.loader](encoded, plan), depth=1)
-    try:
-        for pixels, ready in decoded:
-            hand_over(pixels.values(), ready)
-            start = 0
-            for count in counts.popleft():
-                yield {size: batch[start : start + count] for size, batch in pixels.items()}
-                start += count
-    except _Undecodable as error:
-        raise FastconError(_culprit(images, recent, plan) or str(error)) from error
-    finally:
-        decoded.close()  # first: it waits for what `encoded` still gives
-        encoded.close()
-        reader.close()
+    with contextlib.ExitStack() as opened:  # which closes the last first
+        reader = opened.enter_context(contextlib.closing(images.reader()))
+        encoded = prefetch(_remembered(_read(reader, groups()), recent), depth=2)
+        opened.enter_context(contextlib.closing(encoded))
+        decoded = prefetch(GRAPHS[options.loader](encoded, plan), depth=1)
+        opened.enter_context(contextlib.closing(decoded))
+        try:
+            for pixels, ready in decoded:
+                start = 0
+                for count in counts.popleft():
+                    batch = {size: together[start : start + count] for size, together in pixels.items()}
+                    hand_over(batch.values(), ready)
+                    yield batch
+                    start += count
+                del pixels, batch  # whoever used them decides how long they live
+        except _Undecodable as error:
+            raise FastconError(_culprit(images, recent, plan) or str(error)) from error
 
 
 def hand_over(tensors: Iterable[Tensor], ready: torch.cuda.Event | None) -> None:
@@ -193,6 +194,7 @@ class Prefetch(Iterator[T]):
             for item in items:
                 if not self._put((item, None)):
                     return
+                del item
             self._put((self._END, None))
         except BaseException as error:
             self._put((self._END, error))
@@ -211,9 +213,12 @@ class Prefetch(Iterator[T]):
         return False
 
     def __next__(self) -> T:
-        if self._closed.is_set():
-            raise StopIteration
-        item, error = self._queue.get()
+        while True:
+            if self._closed.is_set():
+                raise StopIteration
+            with contextlib.suppress(queue.Empty):
+                item, error = self._queue.get(timeout=0.1)
+                break
         if item is self._END:
             self._closed.set()
             if error is not None:
@@ -222,9 +227,10 @@ class Prefetch(Iterator[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
+        """Stop the thread and wait for it, but where it is the one that closes: the collector of garbage runs anywhere."""
         self._closed.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
 
 Encoded = tuple[Request, list[Data]]
@@ -276,6 +282,9 @@ def _grouped(requests: Iterable[Request], most: int) -> Iterator[list[Request]]:
             group, held = [], 0
         group.append(request)
         held += len(request.indices)
+        if held >= most:  # not only when the next one comes
+            yield group
+            group, held = [], 0
     if group:
         yield group
 

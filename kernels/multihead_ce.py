@@ -121,8 +121,8 @@ def multihead_cross_entropy(
 
     student: [B, >= sum C] float16, bfloat16, float32 or float64, the tensor that gets the gradient.
     teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which no tensor of floats is made of.
-    impl: "torch", "triton" or None to choose by device. Nothing waits for a GPU once the
-    first call has put the segment table there.
+    impl: "torch", "triton" or None to choose by device. "triton" never waits for a GPU once the first call has put the
+    segment table there; "torch" keeps memory from call to call, which is not for CUDA graphs.
     Raises ValueError for shapes that do not fit the table.
     """
     values, scales = teacher if isinstance(teacher, QuantisedLogits) else (teacher, None)

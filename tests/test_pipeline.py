@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -142,25 +143,70 @@ def test_prefetch_hands_over_in_order_raises_and_closes():
     assert not endless._thread.is_alive()
 
 
-@pytest.mark.parametrize("loader", pipeline.LOADERS)
-def test_who_stops_early_leaves_no_thread_behind(tmp_path, loader):
+@pytest.mark.parametrize("loader", [*pipeline.LOADERS, "none"])
+@pytest.mark.parametrize("seconds", [0, 0.1])
+def test_who_stops_early_leaves_no_thread_behind(tmp_path, loader, seconds):
     for i in range(16):
         write(tmp_path / f"{i}.jpg", encoded(seed=i))
     manifest = index([tmp_path])
+
+    def slow():
+        for request in requests_of(manifest, 1):
+            time.sleep(seconds)
+            yield request
+
     before = set(threading.enumerate())
-    batches = pipeline.decode(manifest, requests_of(manifest, 1), [16], Options(batch_size=1, loader=loader))
-    next(batches)
+    batches = pipeline.decode(manifest, slow(), [16], Options(batch_size=1, loader=loader))
+    with pytest.raises(KeyError) if loader == "none" else contextlib.nullcontext():
+        next(batches)
     batches.close()
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("bad", [0, 3, 4])
+def test_a_prefetch_may_be_closed_by_its_own_thread_and_while_another_waits():
+    taken, closed = threading.Event(), threading.Event()
+
+    def closing_itself():
+        yield 1
+        taken.wait()
+        items.close()
+        closed.set()
+        yield 2
+
+    items = pipeline.prefetch(closing_itself(), 1)
+    assert next(items) == 1
+    taken.set()
+    assert list(items) == []
+    assert closed.wait(5)
+    never = pipeline.prefetch(iter(threading.Event().wait, True), 1)
+    threading.Timer(0.2, never._closed.set).start()
+    assert list(never) == []
+
+
+def test_a_batch_comes_before_the_next_is_asked_for(tmp_path):
+    write(tmp_path / "a.jpg", encoded())
+    manifest = index([tmp_path])
+    asked = threading.Event()
+
+    def requests():
+        yield from requests_of(manifest, 1)
+        asked.wait(20)
+
+    batches = pipeline.decode(manifest, requests(), [16], Options(batch_size=1, loader="torchvision"))
+    started = time.monotonic()
+    assert len(next(batches)[16]) == 1
+    assert time.monotonic() - started < 10
+    asked.set()
+    batches.close()
+
+
+@pytest.mark.parametrize("bad", [0, 10, 19])
 def test_an_image_that_does_not_decode_is_named(tmp_path, bad):
     """Only --trust-images lets one through: its header is whole."""
-    for i in range(5):
+    for i in range(20):
         write(tmp_path / f"{i}.jpg", encoded(seed=i))
     write(tmp_path / f"{bad}.jpg", encoded(seed=bad)[:-300])
     manifest = index([tmp_path], trust=True)
     for loader in pipeline.LOADERS:
         with pytest.raises(FastconError, match=rf"image '{bad}.jpg' does not decode .* leave out --trust-images"):
-            pixels_of(manifest, 2, [16], loader=loader)
+            pixels_of(manifest, 1, [16], loader=loader)

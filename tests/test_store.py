@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,12 @@ def test_a_chunk_of_another_length_is_found(copy, change):
     chunk_file(copy).write_bytes(data[:change] if change < 0 else data + bytes(change))
     with pytest.raises(FastconError, match=rf"view 1, chunk 1 .* is damaged \({len(data) + change} bytes long\)"):
         Store(copy).logits("letters", 1, 1)
+
+
+def test_a_system_that_gives_only_some_of_a_file_at_once(copy, monkeypatch):
+    want, readv = Store(copy).logits("letters", 1, 1), os.readv
+    monkeypatch.setattr(os, "readv", lambda fd, buffers: readv(fd, [memoryview(buffers[0]).cast("B")[:100]]))
+    assert np.array_equal(Store(copy).logits("letters", 1, 1), want)
 
 
 def test_a_chunk_in_the_place_of_another_is_found(copy):

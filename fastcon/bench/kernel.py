@@ -60,9 +60,11 @@ def bench(
                 rows.append(compared(name, ours, other, "us", device.type, **case))
                 say(f"{name}, {case['case']}: {rows[-1]['ours']:.0f} against {rows[-1]['theirs']:.0f} us")
         if on_gpu:
-            rows += _tried("a CUDA graph", say, _graph_row, student, teacher, segments, rounds, case)
+            rows += _tried(
+                "loss_vs_eager, both in a CUDA graph,", say, _graph_row, student, teacher, segments, rounds, case
+            )
     if on_gpu:
-        rows += _tried("a CUDA graph", say, _bandwidth, device, rounds)
+        rows += _tried("loss_bandwidth", say, _bandwidth, device, rounds)
     return rows
 
 
