@@ -99,6 +99,11 @@ def test_few_photos_come_several_times_over(tmp_path, monkeypatch):
     assert file.read_bytes() == contents[0]
 
 
+def test_rendered_photos_take_as_many_bytes_a_pixel_as_photos(tmp_path):
+    files = list(fixtures.photos(tmp_path / "photos", 6).iterdir())
+    assert 0.5 < sum(file.stat().st_size for file in files) / (len(files) * 500 * 375) < 0.65
+
+
 def test_the_loops_that_the_kernel_is_compared_with_are_the_same_loss():
     segments = objective.segments([5, 3], [1, 0.5])
     student, teacher = kernel._logits(6, segments, torch.device("cpu"))

@@ -21,7 +21,10 @@ RENDERED = 256
 
 
 def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
-    """JPEGs of that size with the detail of photos: a rendered image enlarged, over noise of falling strength."""
+    """JPEGs of that size with the detail and the bytes of photos: a rendered image enlarged, over noise of falling strength.
+
+    At this quality they take 0.57 bytes a pixel, as ImageNet's photos do (0.57 over 63 of them; 0.36 at quality 90).
+    """
     from PIL import Image
 
     from fastcon import render
@@ -35,7 +38,7 @@ def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Pat
         for scale, strength in ((1, 6), (4, 12), (16, 25)):
             small = random.normal(0, strength, (height // scale + 1, width // scale + 1))
             pixels = pixels + np.kron(small, np.ones((scale, scale)))[:height, :width, None]
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{k:05d}.jpg", quality=90)
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{k:05d}.jpg", quality=96)
     return folder
 
 
