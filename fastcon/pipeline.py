@@ -43,6 +43,10 @@ class Options:
     loader: str = "dali"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.loader not in LOADERS:
+            raise FastconError(f"no loader {self.loader!r}: there are {', '.join(LOADERS)}")
+
     @property
     def cores(self) -> int:
         """Decoding threads: by default one a core."""

@@ -8,6 +8,7 @@ each (row, head) are written without atomics and row offsets are 64-bit, so noth
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -186,7 +187,7 @@ def losses_and_gradient(
     statistics = torch.empty(4, rows, heads, dtype=torch.float32, device=student.device)
     covered = sum(segments.widths) == student.shape[1]
     gradient = (torch.empty_like(student) if covered else torch.zeros_like(student)) if needs_gradient else None
-    strides = [z.stride(0) for z in (student, values, student if gradient is None else gradient)]
+    strides = tuple(z.stride(0) for z in (student, values, student if gradient is None else gradient))
     with torch.cuda.device_of(student):  # Triton launches on the current device, which need not be the logits'
         _multihead_ce[(rows, heads)](
             student,
@@ -211,7 +212,8 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def launch(segments: Segments, rows: int, strides: list[int]) -> dict[str, Any]:
+@functools.lru_cache(64)  # a step has no time to work it out again
+def launch(segments: Segments, rows: int, strides: tuple[int, ...]) -> dict[str, Any]:
     """How the kernel is compiled and launched for logits [rows, >= sum C] of these strides."""
     widest, many = triton.next_power_of_2(max(segments.widths)), rows * len(segments.widths) >= MANY
     block = min(widest, LARGEST_BLOCK)

@@ -188,7 +188,7 @@ def test_alignment_divides_every_offset_and_width():
 
 def test_the_kernel_is_told_no_more_than_offsets_widths_and_strides_have_in_common():
     tables = [table([16, 1000]), table([16, 1000]), table([16, 1002])]
-    strides = [[1016, 1016, 1016], [1016, 1017, 1016], [1032, 1032, 1032]]
+    strides = [(1016, 1016, 1016), (1016, 1017, 1016), (1032, 1032, 1032)]
     assert [launch(t, 8, s)["ALIGNMENT"] for t, s in zip(tables, strides, strict=True)] == [8, 1, 2]
 
 
@@ -316,7 +316,7 @@ from fastcon.kernels.multihead_ce_triton import _multihead_ce as kernel, launch
 student, teacher, rows, widths = json.loads(sys.argv[1])
 offsets, heads, stride = [0, *itertools.accumulate(widths)][:-1], len(widths), sum(widths)
 table = Segments(tuple(offsets), tuple(widths), (1.0,) * heads, (2.0,) * heads, ("softmax",) * heads)
-constants = launch(table, rows, [stride] * 3) | {"QUANTISED": teacher == "u8", "GRADIENT": True}
+constants = launch(table, rows, (stride,) * 3) | {"QUANTISED": teacher == "u8", "GRADIENT": True}
 constants |= {name: 1 for name, value in (("rows", rows), ("heads", heads)) if value == 1}  # as at a launch
 options = {option: constants.pop(option) for option in ("num_warps", "enable_fp_fusion")}
 names = kernel.arg_names
