@@ -99,7 +99,12 @@ _precision = _option(
 _machine = _options(
     _option("--device", default="auto", help="cpu, cuda, cuda:1 … ; auto: a GPU if there is one."),
     _option("--loader", type=click.Choice(["dali", "torchvision"]), default="dali", help="Who decodes."),
-    _option("--threads", type=click.IntRange(1), default=None, help="Decoding threads (default: one a core)."),
+    _option(
+        "--threads",
+        type=click.IntRange(1),
+        default=None,
+        help="Threads, to decode and to compute (default: one a core).",
+    ),
 )
 
 
@@ -158,6 +163,23 @@ def _split(default: str) -> Callable:
         default=default,
         callback=_checked_split,
         help="All classes, one random half (t or d), or a part of one (t2/5).",
+    )
+
+
+def _mode(batch_norm: str, dropout: bool) -> Callable:
+    return _options(
+        _option(
+            "--batch-norm",
+            type=click.Choice(["auto", "running", "batch"]),
+            default=batch_norm,
+            help="Train on the running statistics, which stay as they are, or on each batch's; auto: running, if there are any.",
+        ),
+        _option(
+            "--dropout/--no-dropout",
+            default=dropout,
+            show_default=True,
+            help="With dropout and stochastic depth, where the network has them.",
+        ),
     )
 
 
@@ -320,6 +342,7 @@ def precompute(
 @_option("--lr-heads", type=click.FloatRange(0), default=0.01, help="Learning rate of the heads.")
 @_option("--momentum", type=click.FloatRange(0, 1), default=0.9, help="Momentum of SGD.")
 @_option("--weight-decay", type=click.FloatRange(0), default=1e-4, help="Weight decay.")
+@_mode("auto", dropout=False)
 @_option("--seed", **_SEED, help="Seed of new heads and of later rounds' order.")
 @_option(
     "--lanes", type=click.IntRange(1), default=None, help="Runs that a batch is drawn from (default: 8, 4, 2 or 1)."
@@ -356,6 +379,8 @@ def train(
     lr_heads: float,
     momentum: float,
     weight_decay: float,
+    batch_norm: str,
+    dropout: bool,
     seed: int,
     lanes: int | None,
     compile_: str,
@@ -396,6 +421,8 @@ def train(
         lr_heads=lr_heads,
         momentum=momentum,
         weight_decay=weight_decay,
+        batch_norm=batch_norm,
+        dropout=dropout,
         seed=seed,
         lanes=lanes,
         precision=precision,
@@ -549,6 +576,7 @@ def probe(
             ids=train_set.ids,
             classes=len(train_set.classes),
             device=str(chosen),
+            threads=threads,
             progress=bar,
         )
         bar.close()
@@ -607,6 +635,7 @@ _tuning = _options(
         default=(0.08, 1.0),
         help="Range of the crop's area.",
     ),
+    _mode("batch", dropout=True),
 )
 
 
@@ -912,7 +941,7 @@ def dedup(
         prints.append(stage.fingerprints(manifest, threads, bar))
         bar.close()
     bar = _Bar("compare", "images")
-    pairs = stage.near_duplicates(prints[0], prints[1] if second else None, distance, bar)
+    pairs = stage.near_duplicates(prints[0], prints[1] if second else None, distance, threads, bar)
     bar.close()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

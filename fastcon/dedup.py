@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcon.errors import FastconError
+from fastcon.machine import default_threads
 from fastcon.manifest import Manifest
 from fastcon.pipeline import eight_bit
 
@@ -59,7 +59,7 @@ def fingerprints(manifest: Manifest, threads: int | None = None, progress: Progr
     hashes, grey = np.empty((n, 1 + len(_PARTS)), dtype=np.uint64), np.empty((n, SIDE, SIDE), dtype=np.uint8)
     reader = manifest.reader()
     try:
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(threads or default_threads()) as pool:
             for start in range(0, n, 256):
                 here = range(start, min(start + 256, n))
                 names = [manifest.name(k) for k in here]
@@ -99,12 +99,16 @@ def _inside(image: Any, left: float, top: float, width: float, height: float) ->
 
 
 def near_duplicates(
-    a: Prints, b: Prints | None = None, distance: int = DISTANCE, progress: Progress | None = None
+    a: Prints,
+    b: Prints | None = None,
+    distance: int = DISTANCE,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Pair]:
     """Pairs of an image of `a` and one of `b` (None: another of `a`), by first index, the most alike first."""
     other = a if b is None else b
     pairs = []
-    for first, second in _candidates(a.hashes, other.hashes, distance, progress):
+    for first, second in _candidates(a.hashes, other.hashes, distance, threads, progress):
         if b is None and first >= second:
             continue
         correlation = _correlation(a.grey[first], other.grey[second])
@@ -114,7 +118,7 @@ def near_duplicates(
 
 
 def _candidates(
-    a: NDArray[np.uint64], b: NDArray[np.uint64], distance: int, progress: Progress | None
+    a: NDArray[np.uint64], b: NDArray[np.uint64], distance: int, threads: int | None, progress: Progress | None
 ) -> list[tuple[int, int]]:
     """Pairs of which some hashes differ in at most `distance` bits.
 
@@ -141,7 +145,7 @@ def _candidates(
 
     jobs = [(i, j, shift) for i, j in _matches(a) for shift in (0, 16, 32, 48)]
     keys = np.empty(0, dtype=np.int64)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
         for done, found in enumerate(pool.map(quarter, jobs), 1):
             keys = np.union1d(keys, found[:, 0] * len(b) + found[:, 1])
             if progress:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastcon import models, pipeline, views
+from fastcon.machine import Cores
 from fastcon.manifest import Manifest, cache_folder
 from fastcon.models import Classifier
 from fastcon.pipeline import Request
@@ -34,11 +35,12 @@ def features(
                 return cached
     out = np.empty((len(manifest), model.feature_size), dtype=np.float32)
     everything = np.arange(len(manifest))
-    for rows, pixels in center_crops(manifest, everything, size, settings):
-        with torch.inference_mode(), models.precision_context(settings.precision, settings.device):
-            out[rows] = model.features(pixels).cpu().numpy()
-        if progress:
-            progress(rows.stop, len(manifest))
+    with Cores(settings.threads, settings.device) as cores:
+        for rows, pixels in center_crops(manifest, everything, size, settings):
+            with cores.turn(), torch.inference_mode(), models.precision_context(settings.precision, settings.device):
+                out[rows] = model.features(pixels).cpu().numpy()
+            if progress:
+                progress(rows.stop, len(manifest))
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")
@@ -52,9 +54,10 @@ def logits(
 ) -> NDArray[np.float32]:
     """Logits [m, C of all heads] of some images at the centre crop."""
     parts = []
-    for _, pixels in center_crops(manifest, indices, size or model.size, settings):
-        with torch.inference_mode(), models.precision_context(settings.precision, settings.device):
-            parts.append(model(pixels).float().cpu().numpy())
+    with Cores(settings.threads, settings.device) as cores:
+        for _, pixels in center_crops(manifest, indices, size or model.size, settings):
+            with cores.turn(), torch.inference_mode(), models.precision_context(settings.precision, settings.device):
+                parts.append(model(pixels).float().cpu().numpy())
     return np.concatenate(parts)
 
 

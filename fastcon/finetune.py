@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastcon import checkpoint, features, models, pipeline, splits, views
 from fastcon.errors import FastconError, Interrupted
+from fastcon.machine import Cores
 from fastcon.models import RUN_WEIGHTS, Classifier, Head
 from fastcon.pipeline import Request
 from fastcon.precompute import Settings
@@ -47,6 +48,8 @@ class Options:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     scale: tuple[float, float] = (0.08, 1.0)
+    batch_norm: str = "batch"
+    dropout: bool = True
     seed: int = 0
     precision: str = "auto"
 
@@ -81,9 +84,11 @@ def teach(
     tenth trains on everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
     reports.
     """
-    options = _resolved(options, settings)
     start = _start(init, size)
-    run = Run(out, {"command": "teach", "init": init, **_identity(start, train, test, size, data, options)})
+    options = _resolved(options, start, settings)
+    run = Run(
+        out, {"command": "teach", "init": init, **_identity(start, train, test, size, data, options)}, settings.threads
+    )
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / REPORT).read_text())
@@ -115,10 +120,10 @@ def finetune(
     The draws are those of the probes with the same seed, and every trial chooses its own learning rate as `teach` does.
     Returns the mean accuracy on `test` and each trial's; on all images `out` becomes a MODEL too. Rerunning resumes.
     """
-    options = _resolved(options, settings)
     start = _start(backbone, size)
+    options = _resolved(options, start, settings)
     identity = _identity(start, train, test, size, data, options) | {"shots": shots, "trials": trials}
-    run = Run(out, {"command": "finetune", "init": backbone, **identity})
+    run = Run(out, {"command": "finetune", "init": backbone, **identity}, settings.threads)
     if run.finished(REPORT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / REPORT).read_text())
@@ -157,9 +162,10 @@ def finetune(
     return summary
 
 
-def _resolved(options: Options, settings: Settings) -> Options:
+def _resolved(options: Options, start: Classifier, settings: Settings) -> Options:
     precision = models.choose_precision(options.precision, settings.device, training=True)
-    return dataclasses.replace(options, precision=precision)
+    batch_norm = models.choose_batch_norm(options.batch_norm, start)
+    return dataclasses.replace(options, precision=precision, batch_norm=batch_norm)
 
 
 def _identity(
@@ -260,7 +266,7 @@ def fit(
     """
     model = _copy(start, Head(options.head, train.classes, "sigmoid" if train.multi_label else "softmax"), options.seed)
     loss_of = _binary_cross_entropy if train.multi_label else nn.functional.cross_entropy
-    model.on(settings.device).train()
+    model.on(settings.device).learn(options.batch_norm, options.dropout)
     optimizer = make_optimizer(model, rate, rate, options.momentum, options.weight_decay)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=options.precision == "float16")
     steps = _steps(train, options)
@@ -279,16 +285,17 @@ def fit(
     batches = _batches(train, range(epoch, options.epochs), model.size, options, settings)
     saved = time.monotonic()
     loss_sum, step = torch.zeros((), device=settings.device), epoch * steps
-    with stop_signals() as stop:
+    with Cores(run.threads, settings.device) as cores, stop_signals() as stop:
         for pixels, labels in batches:
             set_rate(optimizer, step / (steps * options.epochs), options.milestones)
-            with models.precision_context(options.precision, settings.device):
-                logits = model(pixels)
-            loss = loss_of(logits, labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            with cores.turn():
+                with models.precision_context(options.precision, settings.device):
+                    logits = model(pixels)
+                loss = loss_of(logits, labels)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
             loss_sum += loss.detach()
             step += 1
             count(1)

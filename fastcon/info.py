@@ -66,9 +66,17 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "temperature",
         "balance",
         "precision",
+        "batch_norm",
+        "threads",
         "seed",
     )
     lines.append("  " + ", ".join(f"{key} {config[key]}" for key in shown if config.get(key) is not None))
+    if rows and rows[0].get("step") == 0:
+        [(name, head)] = rows[0]["heads"].items()
+        lines.append(
+            f"  start: the student agrees with {name} on {head['agreement']:.1%} of {rows[0]['images']} images "
+            f"(KL {head['kl']:.2g})"
+        )
     if rows:
         last = rows[-1]
         lines.append(f"  last row of metrics: epoch {last['epoch']}, loss {last['loss']:.4f}")

@@ -156,6 +156,8 @@ class Loader:
             lanes or default_lanes(batch_size),
             seed,
         )
+        self.decoder = loader
+        """Who decodes: "dali" or "torchvision"."""
         self._options = pipeline.Options(batch_size, self.device, loader, threads)
         self.warning = check_pixels(self.store, self.manifest, self._options, exact_pixels)
         self.waits = {"pixels": 0.0, "logits": 0.0}

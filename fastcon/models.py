@@ -113,6 +113,24 @@ class Classifier(nn.Module):
         """Moved to a device, in channels-last memory."""
         return self.to(device=device).to(memory_format=torch.channels_last)
 
+    def learn(self, batch_norm: str, dropout: bool) -> Classifier:
+        """Ready to be trained, with gradients, which `train` alone makes another function of most networks.
+
+        batch_norm: "running", every layer that normalises goes on using the statistics that it has, and leaves them as they
+        are; "batch", it uses those of each batch, and averages them. dropout: with what a network leaves out at random
+        (dropout, stochastic depth), as in PyTorch's training mode.
+        """
+        self.train(dropout)
+        for module in self.modules():
+            if getattr(module, "running_var", None) is not None:
+                module.train(batch_norm == "batch")
+        return self
+
+    def has_statistics(self) -> bool:
+        """Whether batch-norms hold the statistics of a training, and not those they start with; True without any."""
+        found = [value for name, value in self.named_buffers() if name.endswith("running_var")]
+        return not found or any(bool((value != 1).any()) for value in found)
+
     def set_size(self, size: int) -> None:
         """Take images of another side length. Raises FastconError for a network of a fixed one (ViT)."""
         fixed = getattr(self.net, "image_size", size)
@@ -296,6 +314,13 @@ def choose_precision(precision: str, device: torch.device, training: bool) -> st
         return "bfloat16" if training else "float16"
     fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16()
     return "bfloat16" if fast else "float32"
+
+
+def choose_batch_norm(mode: str, model: Classifier) -> str:
+    """Resolve "auto": running statistics where the network has any, those of the batch where it starts at random."""
+    if mode != "auto":
+        return mode
+    return "running" if model.has_statistics() else "batch"
 
 
 def _has_bf16() -> bool:

@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import io
-import os
 import queue
 import threading
 from collections import deque
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastcon.errors import FastconError
+from fastcon.machine import default_threads
 from fastcon.workers import workers
 
 T = TypeVar("T")
@@ -49,8 +49,8 @@ class Options:
 
     @property
     def cores(self) -> int:
-        """Decoding threads: by default one a core."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """Threads to decode and to compute with."""
+        return self.threads or default_threads()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fastcon import bake, models, pipeline, views
 from fastcon import store as stores
 from fastcon.codec import Parts, codec
 from fastcon.errors import FastconError, Interrupted
+from fastcon.machine import Cores
 from fastcon.manifest import Manifest
 from fastcon.models import Classifier
 from fastcon.pipeline import Request
@@ -223,11 +224,12 @@ def fill(
     requests = (replay.request(view, rows) for view, _, rows in batches)
     decoded = pipeline.decode(replay.images, requests, [teacher.model.size for teacher in teachers], settings)
     pieces: dict[str, list[Parts]] = {}
-    with _Writer(store) as writer:
+    with _Writer(store) as writer, Cores(settings.threads, settings.device) as cores:
         for (view, chunk, rows), pixels in zip(batches, decoded, strict=True):
             for teacher in teachers:
                 if missing[teacher.name][view, chunk]:
-                    parts = run_teacher(teacher.model, pixels[teacher.model.size], settings)
+                    with cores.turn():
+                        parts = run_teacher(teacher.model, pixels[teacher.model.size], settings)
                     _check_finite(parts, teacher, store, manifest, view, rows)
                     pieces.setdefault(teacher.name, []).append(parts)
             if rows.stop == store.chunk_range(chunk)[1]:

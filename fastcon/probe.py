@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastcon import splits
 from fastcon.errors import FastconError
+from fastcon.machine import Cores
 from fastcon.models import choose_device
 from fastcon.solvers import SOLVERS, Fold, Scores, Solver
 from fastcon.workers import workers
@@ -78,6 +78,7 @@ def few_shot(
     ids: NDArray[np.uint64] | None = None,
     classes: int | None = None,
     device: str = "auto",
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
@@ -88,6 +89,7 @@ def few_shot(
     in all; None: all images, once. ids [n]: what the draws depend on besides the seed
     (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
     (default: as many as labels occur). device: where the batched solver works: cpu, cuda …; auto: a GPU if there is one.
+    threads: trials at a time on a CPU (default: one a core).
     Raises FastconError.
     """
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
@@ -119,7 +121,7 @@ def few_shot(
     count = trials if shots is not None else 1
     on_cpu = solver == "sklearn" or (solver != "cuml" and place.type == "cpu")
     accuracies, chosen, per_class, gaps = [], [], [], []
-    for trial, (cost, gap, right) in enumerate(_in_order(run, count, side_by_side=on_cpu), 1):
+    for trial, (cost, gap, right) in enumerate(_in_order(run, count, on_cpu, threads), 1):
         accuracies.append(float(right.mean()))
         chosen.append(cost)
         gaps.append(gap)
@@ -129,13 +131,16 @@ def few_shot(
     return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist(), gaps)
 
 
-def _in_order(run: Callable[[int], T], count: int, side_by_side: bool) -> Iterator[T]:
+def _in_order(run: Callable[[int], T], count: int, side_by_side: bool, threads: int | None) -> Iterator[T]:
     """Trials in order; side by side: one a core, as threads inside so small a problem gain little."""
     if count == 1 or not side_by_side:
         yield from map(run, range(count))
         return
-    with workers(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.map(run, range(count))
+    with Cores(threads) as cores, workers(cores.threads) as pool:
+        for start in range(0, count, cores.threads):
+            with cores.turn():
+                done = list(pool.map(run, range(start, min(start + cores.threads, count))))
+            yield from done
 
 
 def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: list[float]) -> tuple[float, Scores]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastcon.checkpoint import write_atomically
 from fastcon.errors import FastconError
+from fastcon.machine import cores, default_threads
 
 
 class Run:
@@ -25,14 +26,23 @@ class Run:
     No clock time enters config or metrics, so two runs of one command make the same bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
-        """Look at the folder. Raises FastconError where it holds another run, or other files."""
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], threads: int | None = None) -> None:
+        """Look at the folder. Raises FastconError where it holds another run, or other files.
+
+        threads: how many to use; by default as many as the run began with, since sums over other threads round differently.
+        """
         self.path = Path(path)
-        self.config = config | {"versions": versions()}
+        self.threads = threads or self._threads()
+        self.config = config | {"threads": self.threads, "versions": versions()}
         if self._file.exists():
             self._check_same()
         elif self.path.exists() and (not self.path.is_dir() or not self._only_begun()):
             raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as --out")
+
+    def _threads(self) -> int:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return min(int(json.loads(self._file.read_text())["threads"]), cores())
+        return default_threads()
 
     def _only_begun(self) -> bool:
         """Whether nothing is there but what a kill may leave of `begin`."""
@@ -74,7 +84,7 @@ class Run:
     def _check_same(self) -> None:
         stored = json.loads(self._file.read_text())
         for key, value in json.loads(json.dumps(self.config)).items():
-            if key != "versions" and stored.get(key) != value:
+            if key not in ("threads", "versions") and stored.get(key) != value:
                 raise FastconError(
                     f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
                     "use the same options to resume it, or another --out"

@@ -6,7 +6,9 @@ Rerunning resumes from the last checkpoint; a finished run is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -21,6 +23,7 @@ from fastcon.codec import TopK
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.kernels.multihead_ce import MultiHeadLoss
 from fastcon.loader import Batch, Loader
+from fastcon.machine import Cores
 from fastcon.manifest import Manifest
 from fastcon.models import RUN_HEADS, RUN_WEIGHTS, Classifier, Head
 from fastcon.run import Metrics, Run, Waits, stop_signals
@@ -32,6 +35,10 @@ Untrained = tuple[dict[str, Tensor], dict[str, str]]
 LABELS_HEAD = "labels"
 METRICS = ("loss", "kl", "agreement")
 RESULT = RUN_WEIGHTS[0]
+COMPARED = 256
+"""Images on which the student is compared with its generalist before the first step."""
+ALIKE = 0.9
+"""Share of them on which the two name the same class, at least, where they are the same network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Options:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     milestones: tuple[float, ...] = (0.5, 0.8)
+    batch_norm: str = "auto"
+    dropout: bool = False
     seed: int = 0
     lanes: int | None = None
     precision: str = "auto"
@@ -87,9 +96,15 @@ def train(
     machine = machine or Machine()
     store = Store(store_path)
     device = models.choose_device(machine.device)
-    options = dataclasses.replace(options, precision=models.choose_precision(options.precision, device, training=True))
+    start = _start(store, options.student)
+    options = dataclasses.replace(
+        options,
+        precision=models.choose_precision(options.precision, device, training=True),
+        batch_norm=models.choose_batch_norm(options.batch_norm, start),
+    )
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
-    run = Run(out, {"command": "train", "store": _identity(store, names), **dataclasses.asdict(options)})
+    config = {"command": "train", "store": _identity(store, names), **dataclasses.asdict(options)}
+    run = Run(out, config, machine.threads)
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
         return json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -102,7 +117,7 @@ def train(
         lanes=options.lanes,
         device=device,
         loader=machine.loader,
-        threads=machine.threads,
+        threads=run.threads,
         exact_pixels=machine.exact_pixels,
     )
     if loader.warning:
@@ -115,9 +130,14 @@ def train(
             f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})"
         )
 
-    student, untrained = build_student(store, names, options, loader, say)
+    state = checkpoint.newest(run.checkpoints)
+    begun = None
+    if state is None and starts_as_generalist(start, store):
+        begun = agreement(start, loader, options, run.threads)
+        begun.warn(say, options)
+    student, untrained = build_student(start, store, names, options, loader, say)
     run.begin()
-    student.on(device).train()
+    student.on(device).learn(options.batch_norm, options.dropout)
     weights = objective.head_weights(names, store.generalist, options.balance)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
     segments = objective.segments(widths, weights, options.temperature, kinds)
@@ -127,7 +147,6 @@ def train(
     tally = _Tally(names + ([LABELS_HEAD] if options.labels else []), device)
 
     step, position = 0, 0
-    state = checkpoint.newest(run.checkpoints)
     if state is not None:
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
@@ -139,6 +158,8 @@ def train(
     else:
         torch.manual_seed(options.seed)
     metrics = Metrics(run.path / "metrics.jsonl", position)
+    if begun:
+        metrics.write(begun.row())
     board = _tensorboard(run, step) if machine.tensorboard else None
     forward = models.compiled(student, machine.compile)
 
@@ -180,16 +201,17 @@ def train(
     waits = Waits(loader.waits)
     epoch, done = divmod(step, loader.schedule.steps)
     saved = time.monotonic()
-    with stop_signals() as stop:
+    with Cores(run.threads, device) as cores, stop_signals() as stop:
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
             set_rate(optimizer, step / total, options.milestones)
-            with models.precision_context(options.precision, device):
-                logits = forward(batch.pixels)
-            result, supervised = _losses(logits, batch, segments, options)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(result.total if supervised is None else result.total + supervised).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            with cores.turn():
+                with models.precision_context(options.precision, device):
+                    logits = forward(batch.pixels)
+                result, supervised = _losses(logits, batch, segments, options)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(result.total if supervised is None else result.total + supervised).backward()
+                scaler.step(optimizer)
+                scaler.update()
             tally.add(result, weights, supervised)
             step += 1
             housekeeping = time.perf_counter()
@@ -231,18 +253,101 @@ def rough_temperature(store: Store, names: list[str], temperature: float) -> str
     )
 
 
-def build_student(
-    store: Store, names: list[str], options: Options, loader: Loader, say: Callable[[str], None]
-) -> tuple[Classifier, Untrained | None]:
-    """The student with the heads of `names` (and the labels'); and head 0, kept aside where it is not trained.
-
-    Backbone and head 0 start from the generalist's stored weights, or from --student.
-    """
-    if options.student is None and store.generalist is None:
+def _start(store: Store, student: str | None) -> Classifier:
+    """The network that the student starts as: the generalist, from its stored weights, or --student."""
+    if student is None and store.generalist is None:
         raise FastconError(
             "the store has no generalist to start from: give --student MODEL (the paper found that a student "
             "that does not start from a generalist loses most of what makes it general)"
         )
+    if student is not None:
+        start = models.load(student, size=store.recipe.size)
+    else:
+        start = models.from_bytes(store.weights(str(store.generalist)), f"the generalist of {store.path}")
+    start.set_size(store.recipe.size)
+    return start
+
+
+class Agreement(NamedTuple):
+    """How far the student, before its first step and as it is trained, is the generalist: means over some images."""
+
+    head: str
+    images: int
+    loss: float
+    kl: float
+    agreement: float
+
+    def row(self) -> dict[str, Any]:
+        """The first row of the metrics."""
+        values = dict(zip(METRICS, (self.loss, self.kl, self.agreement), strict=True))
+        return {"step": 0, "epoch": 0, "images": self.images, "loss": self.loss, "heads": {self.head: values}}
+
+    def warn(self, say: Callable[[str], None], options: Options) -> None:
+        """Say so where a student that starts with the generalist's head is another network."""
+        if self.agreement >= ALIKE:
+            return
+        modes = {"--batch-norm running": options.batch_norm == "batch", "--no-dropout": options.dropout}
+        remedies = [flag for flag, gone in modes.items() if gone]
+        say(
+            f"warning: the student does not start as its generalist: they agree on {self.agreement:.0%} of {self.images} "
+            f"images (KL {self.kl:.2g}): {''.join(f'try {flag}; ' for flag in remedies)}"
+            "other weights, size, mean or std are the usual reasons"
+        )
+
+
+def starts_as_generalist(start: Classifier, store: Store) -> bool:
+    """Whether a student keeps the head it comes with as head 0."""
+    if store.generalist is None:
+        return False
+    general = store.teachers[store.generalist]
+    return (start.architecture, start.heads[0].classes) == (general["architecture"], tuple(general["classes"]))
+
+
+def agreement(start: Classifier, loader: Loader, options: Options, threads: int) -> Agreement:
+    """Compare `start`, in the mode in which it will be trained, with the stored generalist over the first batches.
+
+    Weights, running statistics and random states stay as they are.
+    """
+    store, device = loader.store, loader.device
+    general = str(store.generalist)
+    theirs = Loader(
+        store,
+        loader.manifest,
+        options.batch_size,
+        heads=[general],
+        seed=options.seed,
+        lanes=options.lanes,
+        device=device,
+        loader=loader.decoder,
+        threads=threads,
+        temperature=options.temperature,
+    )
+    start.on(device).learn(options.batch_norm, options.dropout)
+    buffers = [(buffer, buffer.clone()) for buffer in start.buffers()]
+    sums, images = torch.zeros(3, dtype=torch.float64), 0
+    _, columns = start.head_index(start.heads[0].name)
+    batches = theirs.batches(range(1))
+    with contextlib.closing(batches), torch.random.fork_rng(), torch.no_grad(), Cores(threads, device) as cores:  # type: ignore[type-var]
+        for batch in itertools.islice(batches, -(-COMPARED // options.batch_size)):
+            with cores.turn(), models.precision_context(options.precision, device):
+                logits = start(batch.pixels)[:, columns]
+                result = objective.loss(logits.contiguous(), batch.stacked, theirs.segments)
+            sums += torch.stack([result.losses, result.losses - result.entropies, result.agreement]).sum((1, 2)).cpu()
+            images += len(batch.pixels)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return Agreement(general, images, *(sums / images).tolist())
+
+
+def build_student(
+    student: Classifier,
+    store: Store,
+    names: list[str],
+    options: Options,
+    loader: Loader,
+    say: Callable[[str], None],
+) -> tuple[Classifier, Untrained | None]:
+    """`student` with the heads of `names` (and the labels'); and head 0, kept aside where it is not trained."""
     heads = list(loader.heads)
     if options.labels:
         manifest = loader.manifest
@@ -252,12 +357,6 @@ def build_student(
                 f"named {LABELS_HEAD!r}"
             )
         heads.append(Head(LABELS_HEAD, tuple(manifest.classes)))
-    if options.student is None:
-        assert store.generalist is not None
-        student = models.from_bytes(store.weights(store.generalist), f"the generalist of {store.path}")
-    else:
-        student = models.load(options.student, size=store.recipe.size)
-    student.set_size(store.recipe.size)
     keep: dict[str, int] = {}
     general = store.teachers[store.generalist] if store.generalist else None
     if general and options.student and student.architecture != general["architecture"]:

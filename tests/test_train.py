@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from fastcon import checkpoint, models
 from fastcon import train as training
 from fastcon.errors import FastconError, Interrupted
 from fastcon.loader import Loader
-from fastcon.precompute import precompute
-from fastcon.store import Store
+from fastcon.machine import Cores
+from fastcon.manifest import index
+from fastcon.precompute import Settings, Teacher, precompute
+from fastcon.store import Recipe, Store
 from fastcon.train import Machine, Options, train
 
 QUICK = Options(epochs=3, batch_size=32, precision="float32")
@@ -41,7 +44,7 @@ def test_it_is_sgd_on_the_papers_loss(store_path, tmp_path):
     student = models.from_bytes(store.weights("general"), "x")
     heads = [models.Head("general", student.heads[0].classes), models.Head("letters", ("a", "b", "c"))]
     student.replace_heads(heads, keep={"general": 0}, seed=0)
-    student.on(torch.device("cpu")).train()
+    student.on(torch.device("cpu")).eval()  # on running statistics, without dropout
     start = {name: value.clone() for name, value in student.named_parameters()}
     optimizer = torch.optim.SGD(
         [
@@ -80,12 +83,12 @@ def test_what_a_run_leaves_behind(trained, store_path):
     assert config["temperature"] == 2.0
     assert torch.__version__.startswith(config["versions"]["torch"])
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 12]
-    assert [row["images"] for row in rows] == [96, 32, 64, 64, 32, 96]
+    assert [row["step"] for row in rows] == [0, 3, 4, 6, 8, 9, 12]
+    assert [row["images"] for row in rows] == [128, 96, 32, 64, 64, 32, 96]
     assert rows[-1]["lr_heads"] == pytest.approx(1e-4)
     for row in rows:
         for head in row["heads"].values():
-            assert 0 <= head["kl"] < head["loss"]
+            assert -1e-6 <= head["kl"] < head["loss"]
             assert 0 <= head["agreement"] <= 1
         assert row["loss"] == pytest.approx(sum(head["loss"] for head in row["heads"].values()), rel=1e-6)
     theirs = zoo.get_model(ARCHITECTURE.split(":")[1], num_classes=10)
@@ -224,7 +227,8 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(store_path, t
     with pytest.raises(FastconError, match=r"the loss is nan at step 3 .*last good checkpoint"):
         train(str(store_path), str(tmp_path / "run"), options, MACHINE)
     assert not (tmp_path / "run" / "student.safetensors").exists()
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    [start] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert start["step"] == 0
 
 
 def test_a_batch_larger_than_the_store_is_refused(store_path, tmp_path):
@@ -260,3 +264,103 @@ def test_the_seed_sets_new_heads(store_path, tmp_path, trained):
     train(str(store_path), str(tmp_path / "run"), replace(QUICK, seed=1, epochs=1), MACHINE)
     a, b = (load_file(run / "heads.safetensors")["letters.weight"].numpy() for run in (trained, tmp_path / "run"))
     assert not np.allclose(a, b)
+
+
+def _statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if "running_" in key}
+
+
+def test_running_statistics_stay_bit_for_bit_and_affine_parameters_are_trained(trained, store_path):
+    store = Store(store_path)
+    before = models.from_bytes(store.weights("general"), "x").net.state_dict()
+    after = load_file(trained / "student.safetensors")
+    kept = _statistics(after)
+    assert kept
+    assert all(torch.equal(value, before[key]) for key, value in kept.items())
+    moved = [key for key, value in after.items() if key not in kept and not torch.equal(value, before.get(key, value))]
+    assert any(key.startswith("conv1.1.") for key in moved)  # a batch-norm's weight and bias
+
+
+def test_batch_statistics_move_when_asked_for(store_path, tmp_path):
+    train(str(store_path), str(tmp_path), replace(QUICK, epochs=1, batch_norm="batch"), MACHINE)
+    before = models.from_bytes(Store(store_path).weights("general"), "x").net.state_dict()
+    after = _statistics(load_file(tmp_path / "student.safetensors"))
+    assert all(not torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_the_start_is_the_generalist_and_says_so(trained, capsys):
+    start = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["step"] == 0
+    assert start["images"] == 128  # of 150 in batches of 32
+    assert start["heads"]["general"]["agreement"] == 1
+    assert abs(start["heads"]["general"]["kl"]) < 1e-6
+    from fastcon.info import describe
+
+    assert "the student agrees with general on 100.0% of 128 images" in describe(str(trained))[1]
+
+
+def _warnings(store: Path, out: Path, options: Options) -> list[str]:
+    said: list[str] = []
+    train(str(store), str(out), options, MACHINE, say=said.append)
+    return [line for line in said if "does not start as its generalist" in line]
+
+
+def test_a_right_start_warns_of_nothing(store_path, tmp_path):
+    assert not _warnings(store_path, tmp_path, replace(QUICK, epochs=1))
+
+
+def test_a_start_on_batch_statistics_warns_and_names_the_flag(store_path, tmp_path):
+    [line] = _warnings(store_path, tmp_path, replace(QUICK, epochs=1, batch_norm="batch", batch_size=2))
+    assert "try --batch-norm running" in line
+
+
+def test_a_wrong_normalisation_warns(store_path, generalist_file, tmp_path):
+    student = f"{generalist_file}?mean=0.1,0.1,0.1&std=0.9,0.9,0.9"
+    [line] = _warnings(store_path, tmp_path, replace(QUICK, epochs=1, student=student))
+    assert "mean or std" in line
+    assert "--batch-norm" not in line
+
+
+def test_the_check_changes_nothing_of_the_student(store_path, tmp_path):
+    """Statistics of the batches that were compared would otherwise be in the student of batch mode."""
+    options = replace(QUICK, epochs=1, batch_norm="batch")
+    train(str(store_path), str(tmp_path / "checked"), options, MACHINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "starts_as_generalist", lambda *_: False)
+        train(str(store_path), str(tmp_path / "unchecked"), options, MACHINE)
+    students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("checked", "unchecked")]
+    assert students[0] == students[1]
+
+
+def test_lite0_in_batch_mode_warns_and_on_running_statistics_does_not(shared_data, tmp_path):
+    """A real generalist at 96 px, where batch statistics make it another network."""
+    pytest.importorskip("timm")
+    spec = f"timm:tf_efficientnet_lite0@{shared_data}/efficientnet-lite0-imagenet.safetensors"
+    spec += "?size=96&mean=0.5,0.5,0.5&std=0.5,0.5,0.5"
+    photos = index([str(shared_data / "photos.tar")])
+    store = tmp_path / "store"
+    teacher = Teacher("imagenet", spec, models.load(spec), generalist=True)
+    precompute(str(store), photos, [teacher], Recipe(seed=0, size=96), 1, Settings(batch_size=32))
+    options = replace(QUICK, method="soft-label", epochs=1, batch_size=20)
+    assert not _warnings(store, tmp_path / "running", options)
+    [line] = _warnings(store, tmp_path / "batch", replace(options, batch_norm="batch"))
+    assert "try --batch-norm running" in line
+
+
+def _stop_at(step: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def test_threads_are_recorded_and_kept_when_it_goes_on(store_path, tmp_path, monkeypatch):
+    options = replace(QUICK, epochs=1)
+    with pytest.raises(Interrupted):
+        train(str(store_path), str(tmp_path), options, replace(MACHINE, threads=1), progress=_stop_at(2))
+    assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
+    used: list[int] = []
+    monkeypatch.setattr(training, "Cores", lambda threads, device: used.append(threads) or Cores(threads, device))
+    train(str(store_path), str(tmp_path), options, MACHINE)
+    assert used == [1]

@@ -57,7 +57,7 @@ def curves(runs: list[Trained]) -> Any | None:
     for panel, run in zip(panels, shown, strict=False):
         heads = [name for name, head in run.metrics[-1]["heads"].items() if "kl" in head]
         for k, name in enumerate(heads):
-            points = [(row["step"], row["heads"][name]["kl"]) for row in run.metrics]
+            points = [(row["step"], row["heads"][name]["kl"]) for row in run.metrics if name in row["heads"]]
             panel.plot(*zip(*points, strict=True), _DASHES[k % 4], color=(UNRELATED, RELATED)[k % 2], label=_text(name))
         panel.set_title(_text(run.label), fontsize=10)
         panel.set_xlabel("step")
