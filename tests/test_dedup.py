@@ -81,7 +81,7 @@ def test_candidates_are_all_pairs_within_the_distance():
     b[5] = a[13] ^ np.uint64(0b111)
     b[29, 1] = a[2, 0]
     b[7, 0] = a[19, 1] ^ np.uint64(0x8001_8001_8001_8001)  # eight bits, two in every quarter
-    assert dedup._candidates(a, b, 4, None) == [(2, 29), (13, 5)]
+    assert dedup._candidates(a, b, 4, None, None) == [(2, 29), (13, 5)]
     for distance in (8, 20):
         every = [(i, j) for i in range(20) for j in range(30) if dedup._bits(a[i], b[j]) <= distance]
         assert dedup._candidates(a, b, distance, None) == every
