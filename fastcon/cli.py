@@ -333,6 +333,9 @@ def precompute(
     help="All heads; the teachers' alone; the generalist's alone.",
 )
 @_option("--heads", default=None, help="NAME,… of the teachers to use (default: all).")
+@_option(
+    "--views", type=click.IntRange(1), default=None, help="Use the first so many views of the store (default: all)."
+)
 @_option("--balance", default="1:1", help="OLD:NEW weight of the generalist against the teachers.")
 @_option("--temperature", type=click.FloatRange(0, min_open=True), default=2.0, help="T of the softmax.")
 @_option("--labels", is_flag=True, help="Add a supervised head where the proxy has classes.")
@@ -343,7 +346,7 @@ def precompute(
 @_option("--momentum", type=click.FloatRange(0, 1), default=0.9, help="Momentum of SGD.")
 @_option("--weight-decay", type=click.FloatRange(0), default=1e-4, help="Weight decay.")
 @_mode("auto", dropout=False)
-@_option("--seed", **_SEED, help="Seed of new heads and of later rounds' order.")
+@_option("--seed", **_SEED, help="Seed of new heads and of the order.")
 @_option(
     "--lanes", type=click.IntRange(1), default=None, help="Runs that a batch is drawn from (default: 8, 4, 2 or 1)."
 )
@@ -370,6 +373,7 @@ def train(
     student: str | None,
     method: str,
     heads: str | None,
+    views: int | None,
     balance: str,
     temperature: float,
     labels: bool,
@@ -411,6 +415,7 @@ def train(
     options = stage.Options(
         method=method,
         heads=tuple(heads.split(",")) if heads else (),
+        views=views,
         student=student,
         balance=objective.parse_balance(balance),
         temperature=temperature,
@@ -434,7 +439,7 @@ def train(
     if dry_run:
         names = objective.choose_heads(method, list(opened.teachers), opened.generalist, options.heads)
         lambdas = dict(zip(names, objective.head_weights(names, opened.generalist, options.balance), strict=True))
-        schedule = Schedule(opened.rows, opened.views, opened.recipe.chunk_rows, batch_size, lanes or 1, seed)
+        schedule = Schedule(opened.rows, views or opened.views, opened.recipe.chunk_rows, batch_size, lanes or 1, seed)
         width = sum(opened.logit_bytes(name) for name in names)
         cost: dict[str, Any] = {
             "steps": schedule.steps * epochs,

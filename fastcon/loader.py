@@ -62,9 +62,9 @@ class Batch(NamedTuple):
 class Schedule:
     """Which rows each global batch of an epoch takes.
 
-    Epoch e reads view e mod V. Its rows, in the order on disk (from the second round on with whole chunks, and the
-    rows inside them, shuffled by (seed, epoch)), are cut into `lanes` equal runs; a batch takes the next B / lanes
-    rows of every lane. The n mod B rows left over are left out of that epoch.
+    Epoch e reads view e mod V. Its rows, with whole chunks and the rows inside them shuffled by (seed, epoch) (in the
+    first round of seed 0: in the order on disk), are cut into `lanes` equal runs; a batch takes the next B / lanes rows
+    of every lane. The n mod B rows left over are left out of that epoch.
     """
 
     rows: int
@@ -100,7 +100,7 @@ class Schedule:
         return used.reshape(self.lanes, self.steps, share).transpose(1, 0, 2).reshape(self.steps, self.batch_size)
 
     def _order(self, epoch: int) -> NDArray[np.uint32]:
-        if epoch < self.views:
+        if epoch < self.views and self.seed == 0:
             return np.arange(self.rows, dtype=np.uint32)
         chunks = np.arange(-(-self.rows // self.chunk_rows), dtype=np.uint64)
         chunk_order = views.permutation(self.seed, chunks, epoch, views.EPOCH_CHUNKS)
@@ -129,6 +129,7 @@ class Loader:
         batch_size: int = 32,
         *,
         heads: Sequence[str] | None = None,
+        views: int | None = None,
         epochs: int = 1,
         start_epoch: int = 0,
         seed: int = 0,
@@ -139,18 +140,22 @@ class Loader:
         exact_pixels: bool = False,
         temperature: float = 2.0,
     ) -> None:
-        """images: where they are now (default: where they were; baked views need none); heads: teachers to read."""
+        """images: where they are now (default: where they were; baked views need none); heads: teachers to read;
+        views: use the first so many of the store's (default: all)."""
         self.store = store if isinstance(store, Store) else Store(store)
         self.manifest = _manifest(images, self.store)
         if self.manifest is not None:
             self.store.check_images(self.manifest)
         self.names = list(heads or self.store.teachers)
+        self.views = views or self.store.views
+        if self.views > self.store.views:
+            raise FastconError(f"{self.store.path} has {self.store.views} views of each image, not {self.views}")
         self._check_complete()
         self.batch_size, self.epochs, self.start_epoch = batch_size, epochs, start_epoch
         self.device = models.choose_device(str(device))
         self.schedule = Schedule(
             self.store.rows,
-            self.store.views,
+            self.views,
             self.store.recipe.chunk_rows,
             batch_size,
             lanes or default_lanes(batch_size),
@@ -204,7 +209,7 @@ class Loader:
     def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
         for epoch, skip in plan:
             for rows in self.schedule.epoch(epoch)[skip:]:
-                yield epoch % self.store.views, rows
+                yield epoch % self.views, rows
 
     def _logits(self, plan: Sequence[tuple[int, int]]) -> Iterator[_Rows]:
         """Of every batch: the teachers' logits, image indices, labels."""
@@ -219,7 +224,7 @@ class Loader:
 
     def _check_complete(self) -> None:
         for name in self.names:
-            unfinished = np.argwhere(~self.store.done(name))
+            unfinished = np.argwhere(~self.store.done(name)[: self.views])
             if len(unfinished):
                 view, chunk = unfinished[0]
                 raise FastconError(

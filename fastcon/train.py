@@ -47,6 +47,7 @@ class Options:
 
     method: str = "consolidate"
     heads: tuple[str, ...] = ()
+    views: int | None = None
     student: str | None = None
     balance: tuple[float, float] = (1.0, 1.0)
     temperature: float = 2.0
@@ -113,6 +114,7 @@ def train(
         images,
         options.batch_size,
         heads=names,
+        views=options.views,
         seed=options.seed,
         lanes=options.lanes,
         device=device,
@@ -315,6 +317,7 @@ def agreement(start: Classifier, loader: Loader, options: Options, threads: int)
         loader.manifest,
         options.batch_size,
         heads=[general],
+        views=options.views,
         seed=options.seed,
         lanes=options.lanes,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def test_lanes_are_equal_runs_of_the_epoch():
 
 def test_later_rounds_shuffle_whole_chunks_and_the_rows_inside():
     schedule = Schedule(rows=100, views=2, chunk_rows=16, batch_size=100, lanes=1, seed=5)
-    assert schedule.epoch(1)[0].tolist() == list(range(100))
+    assert Schedule(100, 2, 16, 100, 1, seed=0).epoch(1)[0].tolist() == list(range(100))  # seed 0 as it lies on disk
+    assert schedule.epoch(1)[0].tolist() != list(range(100))  # others from the first round on
     again, later = schedule.epoch(2)[0], schedule.epoch(4)[0]
     assert again.tolist() != later.tolist()
     chunks = again // 16
@@ -155,3 +157,16 @@ def test_opening_a_store_keeps_no_object_per_image(store_path):
 
 
 KNOWN = [[3, 0, 7, 6], [2, 1, 9, 11], [5, 4, 8, 10]]
+
+
+def test_the_first_so_many_views(store_path, proxy):
+    one = fastcon.Loader(str(store_path), proxy, 24, views=1, epochs=2, seed=0)
+    pixels = [batch.pixels for batch in one]
+    both = fastcon.Loader(str(store_path), proxy, 24, epochs=2, seed=0)
+    assert all(torch.equal(a, b.pixels) for a, b in zip(pixels[:6], both, strict=False))
+    first = {int(k): p for batch in itertools.islice(one, 6) for k, p in zip(batch.indices, batch.pixels, strict=True)}
+    again = [batch for batch in one][6:]
+    shown = [(int(k), p) for batch in again for k, p in zip(batch.indices, batch.pixels, strict=True)]
+    assert all(torch.equal(p, first[k]) for k, p in shown if k in first)  # the same view once more
+    with pytest.raises(FastconError, match="has 2 views of each image, not 3"):
+        fastcon.Loader(str(store_path), proxy, 24, views=3)

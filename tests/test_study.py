@@ -494,3 +494,68 @@ def test_a_teacher_that_joins_leaves_the_store_and_the_students_of_others_as_the
     assert not (out / "runs/consolidate-shapes.old").exists()
     assert (out / "runs/consolidate-shapes/student.safetensors").read_bytes() == student
     assert (out / "runs/consolidate-more/student.safetensors").exists()
+
+
+SEVERAL = """
+generalist = "net"
+seeds = [0, 1]
+splits = [0, 1]
+[models.net]
+model = "torchvision:resnet18"
+[data.birds]
+train = "rendered:shapes"
+holdout = 0.5
+[data.bees]
+train = "rendered:digits"
+holdout = 0.5
+[data.proxy]
+train = "rendered:textures"
+[stores.one]
+views = 1
+[stores.small]
+logits = "top32"
+[[teachers]]
+data = "birds"
+[[students]]
+teachers = [["birds"]]
+method = ["consolidate", "traditional"]
+proxy = "proxy"
+store = ["one", "small"]
+[[students]]
+method = "soft-label"
+proxy = "proxy"
+[[evaluations]]
+command = "probe"
+on = ["birds:d", "bees"]
+"""
+
+
+def test_seeds_splits_and_stores_multiply():
+    planned = plan.planned("x", tomllib.loads(SEVERAL))
+    jobs = {job.name: job for job in planned.jobs}
+    assert counts(planned) == {"teach": 2, "precompute": 3, "train": 18, "probe": 3, "report": 1}
+    teach = jobs["teach-birds-split1"].command
+    assert teach[teach.index("--split-seed") + 1] == "1"
+    assert "--split-seed" not in jobs["teach-birds-split0"].command
+    train = jobs["train-consolidate-birds-split1-small-seed1"].command
+    assert train[train.index("--seed") + 1] == "1"
+    assert train[train.index("--heads") + 1] == "birds-split1"
+    assert train[train.index("--store") + 1] == "stores/proxy-small"
+    precompute = jobs["precompute-proxy-small"].command
+    assert precompute[precompute.index("--logits") + 1] == "top32"
+    assert precompute[precompute.index("--views") + 1] == "4"
+    probed = {
+        name: [word for word in jobs[name].command if word.startswith("runs/")] for name in jobs if "probe" in name
+    }
+    assert len(probed["probe-bees"]) == 20  # two teachers, eighteen students
+    one = probed["probe-birds-split1"]
+    assert len(one) == 11  # its own teacher and students, and the students without teachers
+    assert not any("split0" in word for word in one)
+    report = " ".join(jobs["report"].command)
+    assert "--related birds-split1=birds-split1" in report
+    assert "--related birds-split0=birds-split1" not in report
+
+
+def test_a_store_that_is_not_there():
+    with pytest.raises(FastconError, match=r"names the store 'two'; \[stores\] has one, small"):
+        plan.planned("x", tomllib.loads(SEVERAL.replace('store = ["one", "small"]', 'store = "two"')))

@@ -22,12 +22,12 @@ from fastcon.run import origin
 
 PAPER = Path(__file__).parent / "paper"
 KEYS = {
-    "": "title generalist models data teachers students evaluations options",
+    "": "title generalist seeds splits models data stores teachers students evaluations options",
     "options": "every teach precompute train probe finetune evaluate",
     "models": "model train options",
     "data": "train test holdout union related",
     "teachers": "data split model name",
-    "students": "teachers method proxy balance labels name options",
+    "students": "teachers method proxy store balance labels name options",
     "evaluations": "command on of name options",
 }
 COMMANDS = ("probe", "finetune", "evaluate")
@@ -121,6 +121,8 @@ class _Teacher:
     data: str
     split: str
     model: str
+    seed: int = 0
+    """Of the class split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,11 @@ class _Student:
     teachers: tuple[str, ...]
     method: str
     proxy: str
+    store: str
     arguments: tuple[str, ...]
     epochs: float
+    split_seed: int | None = None
+    """Of its teachers' class splits."""
 
 
 class _Planner:
@@ -144,6 +149,9 @@ class _Planner:
         self._models = {key: _table(found["models"], key) for key in _table(found, "models")}
         for key, value in self._models.items():
             _check_keys("models", value, f"[models.{key}]")
+        self._seeds = _each(found.get("seeds", 0))
+        self._split_seeds = _each(found.get("splits", 0))
+        self._stores = {key: _table(_table(found, "stores"), key) for key in _table(found, "stores")}
         self._sets: dict[str, tuple[list[str], float]] = {}
         self._jobs: list[Job] = []
         self._splits: dict[str, list[str]] = {}
@@ -165,10 +173,10 @@ class _Planner:
             self._train_model(model)
         for teacher in teachers.values():
             self._teach(teacher)
-        for name in (*self._models, *teachers, *(s.name for s in students), *(s.proxy for s in students)):
+        for name in (*self._models, *teachers, *(s.name for s in students), *(s.store for s in students)):
             _check_name(name, self._name)
-        for proxy in dict.fromkeys(student.proxy for student in students):
-            self._precompute(proxy, [s for s in students if s.proxy == proxy], teachers)
+        for store in dict.fromkeys(student.store for student in students):
+            self._precompute(store, [s for s in students if s.store == store], teachers)
         for student in students:
             self._train(student)
         for entry in _list(self._found, "evaluations"):
@@ -235,7 +243,7 @@ class _Planner:
             "related": RELATED.get(name, []),
         }
 
-    def _labelled(self, name: str, split: str, test_only: bool = False) -> list[str]:
+    def _labelled(self, name: str, split: str, seed: int = 0, test_only: bool = False) -> list[str]:
         """Arguments that say where a task's images are and which take part; notes how many those are."""
         data = self._data(name)
         if not data["train"] or bool(data["test"]) == (data["holdout"] is not None):
@@ -253,12 +261,21 @@ class _Planner:
             arguments += ["--test", source]
         if data["holdout"] is not None:
             arguments += ["--holdout", f"{data['holdout']:g}"]
-        return [*arguments, "--split", split, "--task", name if test_only else self._label(name, split)]
+        arguments += ["--split", split, *(["--split-seed", str(seed)] if seed else [])]
+        return [*arguments, "--task", name if test_only else self._label(name, split, seed)]
 
-    def _label(self, data: str, split: str) -> str:
+    def _label(self, data: str, split: str, seed: int = 0) -> str:
         """What a task is called in reports: its data set, and its split where the study looks at several."""
         several = len(self._splits.get(data, [])) > 1 and split in self._splits[data]
-        return f"{data}:{split}" if several else data
+        return (f"{data}:{split}" if several else data) + self._drawn(split, seed)
+
+    def _drawn(self, split: str, seed: int) -> str:
+        """How names tell class splits of different seeds apart, where the study has several."""
+        return f"-split{seed}" if len(self._split_seeds) > 1 and split != "none" else ""
+
+    def _draws(self, split: str) -> list[int]:
+        """Seeds of a class split: one for what is not split."""
+        return self._split_seeds if split != "none" else self._split_seeds[:1]
 
     def _of(self, command: str) -> dict[str, Any]:
         """Options of a command: every command's, then its own."""
@@ -277,16 +294,23 @@ class _Planner:
                 _, part, parts = _parse_split(split, self._name)
                 name = data + (f"-{part}of{parts}" if parts > 1 else "")
                 name += f"-{model}" if len(_each(models)) > 1 else ""
-                yield _Teacher(entry.get("name", name), data, split, self._model(model, f"teacher {name!r}"))
+                name = entry.get("name", name)
+                for seed in self._draws(split):
+                    drawn = name + self._drawn(split, seed)
+                    yield _Teacher(drawn, data, split, self._model(model, f"teacher {name!r}"), seed)
 
     def _students(self, teachers: dict[str, _Teacher]) -> Iterator[_Student]:
         for entry in _list(self._found, "students"):
             _check_keys("students", entry, "[[students]]")
             lists = entry.get("teachers", [])
             lists = [lists] if not lists or isinstance(lists[0], str) else lists
-            choices = [_each(entry.get(key)) for key in ("method", "proxy", "balance", "labels")]
-            for names, method, proxy, balance, labels in itertools.product(lists, *choices):
-                unknown = next((name for name in names if name not in teachers), None)
+            choices = [_each(entry.get(key)) for key in ("method", "proxy", "store", "balance", "labels")]
+            draws = self._split_seeds if any(lists) else [None]
+            for names, method, proxy, store, balance, labels, draw, seed in itertools.product(
+                lists, *choices, draws, self._seeds
+            ):
+                drawn = [name if name in teachers else f"{name}-split{draw}" for name in names]
+                unknown = next((name for name, found in zip(names, drawn, strict=True) if found not in teachers), None)
                 if unknown:
                     raise FastconError(
                         f"{self._name}: [[students]] names the teacher {unknown!r}; there are "
@@ -294,26 +318,46 @@ class _Planner:
                     )
                 if method not in METHODS:
                     raise FastconError(f"{self._name}: method {method!r} is none of {', '.join(METHODS)}")
-                yield self._student(entry, tuple(names), method, proxy, balance, bool(labels))
+                options = {"balance": balance, "labels": bool(labels), "seed": seed or None}
+                yield self._student(entry, tuple(drawn), method, str(proxy), store, draw, options)
 
     def _student(
-        self, entry: Source, teachers: tuple[str, ...], method: str, proxy: str, balance: str | None, labels: bool
+        self,
+        entry: Source,
+        teachers: tuple[str, ...],
+        method: str,
+        proxy: str,
+        store: str | None,
+        draw: int | None,
+        options: dict[str, Any],
     ) -> _Student:
+        """options: of `train`, where a study lists several: balance, labels, seed."""
+        balance, labels, seed = options["balance"], options["labels"], options["seed"]
+        if store is not None and store not in self._stores:
+            raise FastconError(
+                f"{self._name}: [[students]] names the store {store!r}; [stores] has {', '.join(self._stores) or 'none'}"
+            )
         parts = [method, entry.get("name") or "+".join(teachers)]
-        parts += [str(proxy)] if len(_each(entry.get("proxy"))) > 1 else []
+        parts += [f"split{draw}"] if entry.get("name") and draw is not None and len(self._split_seeds) > 1 else []
+        parts += [proxy] if len(_each(entry.get("proxy"))) > 1 else []
+        parts += [store] if store and len(_each(entry.get("store"))) > 1 else []
         parts += [balance.replace(":", "to")] if balance else []
         parts += ["labels"] if labels else []
+        parts += [f"seed{seed or 0}"] if len(self._seeds) > 1 else []
         extra = _table(entry, "options")
         arguments = ["--method", method]
         arguments += ["--heads", ",".join(teachers)] if teachers else []
         arguments += ["--balance", balance] if balance else []
         arguments += ["--labels"] if labels else []
+        arguments += ["--seed", str(seed)] if seed else []
         arguments += _flags(self._of("train") | extra)
         epochs = float((self._of("train") | extra).get("epochs", 40))
         if method != "soft-label" and not teachers:
             raise FastconError(f"{self._name}: a student by {method} has no teachers: teachers = [['birds'], …]")
-        self._data(str(proxy))
-        return _Student("-".join(p for p in parts if p), teachers, method, str(proxy), tuple(arguments), epochs)
+        self._data(proxy)
+        name = "-".join(part for part in parts if part)
+        where = f"{proxy}-{store}" if store else proxy
+        return _Student(name, teachers, method, proxy, where, tuple(arguments), epochs, draw)
 
     def _add(self, name: str, command: list[str], needs: Sequence[str] = (), **cost: Any) -> None:
         self._jobs.append(Job(name, tuple(command), tuple(dict.fromkeys(needs)), **cost))
@@ -338,7 +382,12 @@ class _Planner:
         return [f"teach-{model}"] if "train" in self._models[model] else []
 
     def _teach(self, teacher: _Teacher) -> None:
-        command = ["teach", *self._labelled(teacher.data, teacher.split), "--init", self._spec(teacher.model)]
+        command = [
+            "teach",
+            *self._labelled(teacher.data, teacher.split, teacher.seed),
+            "--init",
+            self._spec(teacher.model),
+        ]
         options = self._of("teach")
         self._add(
             f"teach-{teacher.name}",
@@ -347,28 +396,29 @@ class _Planner:
             trained=((self._init(teacher.model), f"{teacher.data}:{teacher.split} train", _passes(options, 120)),),
         )
 
-    def _precompute(self, proxy: str, students: list[_Student], teachers: dict[str, _Teacher]) -> None:
+    def _precompute(self, store: str, students: list[_Student], teachers: dict[str, _Teacher]) -> None:
+        proxy = students[0].proxy
         sources = self._data(proxy)["train"]
         self._sets[f"{proxy} proxy"] = (sources, 1.0)
         used = list(dict.fromkeys(name for student in students for name in student.teachers))
-        options = {"views": 4} | self._of("precompute")
+        options = {"views": 4} | self._of("precompute") | self._stores.get(store.removeprefix(f"{proxy}-"), {})
         views = int(options["views"])
-        command = ["precompute", *sources, "--store", f"stores/{proxy}", *_flags(options)]
+        command = ["precompute", *sources, "--store", f"stores/{store}", *_flags(options)]
         command += ["--generalist", f"{self._generalist}={self._spec(self._generalist)}"]
         for name in used:
             command += ["--teacher", f"{name}=runs/{name}"]
         models = [self._generalist, *(teachers[name].model for name in used)]
         self._add(
-            f"precompute-{proxy}",
+            f"precompute-{store}",
             command,
             [*self._of_model(self._generalist), *(f"teach-{name}" for name in used)],
             forward=tuple((self._init(model), f"{proxy} proxy", float(views)) for model in models),
         )
 
     def _train(self, student: _Student) -> None:
-        command = ["train", "--store", f"stores/{student.proxy}", *student.arguments, "--out", f"runs/{student.name}"]
+        command = ["train", "--store", f"stores/{student.store}", *student.arguments, "--out", f"runs/{student.name}"]
         cost = (self._init(self._generalist), f"{student.proxy} proxy", student.epochs)
-        self._add(f"train-{student.name}", command, [f"precompute-{student.proxy}"], trained=(cost,))
+        self._add(f"train-{student.name}", command, [f"precompute-{student.store}"], trained=(cost,))
 
     def _evaluate(self, entry: Source, teachers: dict[str, _Teacher], students: list[_Student]) -> None:
         _check_keys("evaluations", entry, "[[evaluations]]")
@@ -386,19 +436,23 @@ class _Planner:
             return
         if not entry.get("on"):
             raise FastconError(f"{self._name}: [[evaluations]] {command} says no tasks: on = ['cars196:d', …]")
+        drawn = {t.name: t.seed if t.split != "none" else None for t in teachers.values()}
+        drawn |= {student.name: student.split_seed for student in students}
         for task in _each(entry["on"]):
             name, split = _task(task)
             _parse_split(split, self._name)
-            where = self._labelled(name, split)
-            suffix = self._label(name, split).replace(":", "-").replace("/", "of")
             if entry.get("name"):
                 _check_name(entry["name"], self._name)
-                suffix += f"-{entry['name']}"
-            if command == "probe":
-                self._probe(suffix, f"{name}:{split}", chosen, [*where, *flags])
-            else:
-                for label, spec, job in chosen:
-                    self._finetune(suffix, f"{name}:{split}", label, spec, job, [*where, *flags], options)
+            for seed in self._draws(split):
+                where = self._labelled(name, split, seed)
+                suffix = self._label(name, split, seed).replace(":", "-").replace("/", "of")
+                suffix += f"-{entry['name']}" if entry.get("name") else ""
+                of = [row for row in chosen if split == "none" or drawn.get(row[0], seed) in (seed, None)]
+                if command == "probe":
+                    self._probe(suffix, f"{name}:{split}", of, [*where, *flags])
+                else:
+                    for label, spec, job in of:
+                        self._finetune(suffix, f"{name}:{split}", label, spec, job, [*where, *flags], options)
 
     def _probe(self, suffix: str, task: str, chosen: list[tuple[str, str, str]], flags: list[str]) -> None:
         backbone = self._init(self._generalist)
@@ -455,7 +509,8 @@ class _Planner:
         heads = {student.name: student.teachers for student in students} | {name: (name,) for name in teachers}
         for label, spec, job in chosen:
             for teacher in heads.get(label, ()):
-                where = self._labelled(teachers[teacher].data, teachers[teacher].split, test_only=True)
+                known = teachers[teacher]
+                where = self._labelled(known.data, known.split, known.seed, test_only=True)
                 head = "task" if label in teachers else teacher
                 task = f"{teachers[teacher].data}:{teachers[teacher].split} test"
                 self._add(
@@ -475,7 +530,9 @@ class _Planner:
         pairs: list[str] = []
         for teacher in teachers.values():
             for data in [teacher.data, *self._data(teacher.data)["related"]]:
-                labels = [self._label(data, split) for split in self._splits.get(data, [])] or [data]
+                seeds = [teacher.seed] if teacher.split != "none" else self._split_seeds
+                splits = self._splits.get(data, [])
+                labels = [self._label(data, split, seed) for split in splits for seed in seeds] or [data]
                 for name in dict.fromkeys((teacher.name, teacher.data)):  # students name it, its own row names its data
                     pairs += [f"{name}={label}" for label in labels]
         for pair in dict.fromkeys(pairs):
