@@ -153,6 +153,7 @@ def test_a_broken_row_order_is_refused(store_path, proxy, tmp_path):
 
 
 def test_opening_a_store_keeps_no_object_per_image(store_path):
+    index(Store(store_path).record["images"]["sources"])  # which keeps what it found
     assert isinstance(index(Store(store_path).record["images"]["sources"]).ids, np.memmap)
 
 
@@ -165,7 +166,7 @@ def test_the_first_so_many_views(store_path, proxy):
     both = fastcon.Loader(str(store_path), proxy, 24, epochs=2, seed=0)
     assert all(torch.equal(a, b.pixels) for a, b in zip(pixels[:6], both, strict=False))
     first = {int(k): p for batch in itertools.islice(one, 6) for k, p in zip(batch.indices, batch.pixels, strict=True)}
-    again = [batch for batch in one][6:]
+    again = list(one)[6:]
     shown = [(int(k), p) for batch in again for k, p in zip(batch.indices, batch.pixels, strict=True)]
     assert all(torch.equal(p, first[k]) for k, p in shown if k in first)  # the same view once more
     with pytest.raises(FastconError, match="has 2 views of each image, not 3"):
