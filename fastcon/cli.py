@@ -433,7 +433,7 @@ def train(
         precision=precision,
     )
     machine = stage.Machine(
-        device, loader, threads, compile_, exact_pixels, log_every, checkpoint_minutes * 60, tensorboard
+        device, loader, threads, compile_, exact_pixels, log_every, checkpoint_minutes * 60, tensorboard=tensorboard
     )
     opened = Store(store)
     if dry_run:

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastcon import advice
 from fastcon.errors import FastconError
+
+WAITS = ("pixels", "logits", "turns", "host")
 
 
 def describe(path: str) -> tuple[dict[str, Any], str]:
@@ -94,8 +97,8 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     return facts, "\n".join(lines)
 
 
-def _waits(path: Path) -> dict[str, float] | None:
-    """Shares of a run's time: pixels, logits, host, step; None where nothing was measured."""
+def _waits(path: Path) -> dict[str, Any] | None:
+    """Shares of a run's time: pixels, logits, turns, host, step, and what was tried to shorten it; None where nothing was measured."""
     from fastcon.run import Waits
 
     file = path / Waits.FILE
@@ -108,20 +111,23 @@ def _waits(path: Path) -> dict[str, float] | None:
     seconds = sum(span["seconds"] for span in spans)
     if not seconds:
         return None
-    shares = {part: sum(span[part] for span in spans) / seconds for part in ("pixels", "logits", "host")}
-    return shares | {"step": 1 - sum(shares.values()), "seconds": seconds}
+    shares = {part: sum(span.get(part, 0.0) for span in spans) / seconds for part in WAITS}
+    step = {"step": 1 - sum(shares.values()), "seconds": seconds}
+    tried = [span["tried"] for span in spans if "tried" in span]
+    return {**shares, **step, **({"tried": tried[-1]} if tried else {})}
 
 
-def diagnosis(waits: dict[str, float], config: dict[str, Any]) -> list[str]:
+def diagnosis(waits: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What a run's time went to, and what to change: the largest wait above a tenth, else the step itself."""
-    advice = {
+    remedies = {
         "pixels": "--threads for as many decoding threads as there are cores"
         + ("" if config["store"]["recipe"].get("bake") else "; precompute --bake, to decode small views"),
         "logits": "a faster disk, or precompute --logits uint8, which is half of float16",
         "host": "a larger --log-every or --checkpoint-minutes",
-        "step": "--precision, --compile, or a larger --batch-size",
+        "turns": "other fastcon processes compute here, too: let them end first",
+        "step": advice.say(waits["tried"]) if "tried" in waits else "a faster device: the step itself takes the time",
     }
-    worst = max(("pixels", "logits", "host"), key=lambda part: waits[part])
+    worst = max(WAITS, key=lambda part: waits[part])
     worst = worst if waits[worst] > 0.1 else "step"
-    shares = ", ".join(f"{waits[part]:.0%} {part}" for part in ("pixels", "logits", "host", "step"))
-    return [f"time: {shares} of {waits['seconds']:.0f} s", f"to be faster: {advice[worst]}"]
+    shares = ", ".join(f"{waits[part]:.0%} {part}" for part in (*WAITS, "step"))
+    return [f"time: {shares} of {waits['seconds']:.0f} s", f"to be faster: {remedies[worst]}"]

@@ -72,6 +72,8 @@ class Cores:
         self.threads = threads or default_threads()
         self._shared = device is None or device.type == "cpu"
         self._folder = Path(folder or os.path.join(tempfile.gettempdir(), f"fastcon-{os.getuid()}"))
+        self.waited = 0.0
+        """Seconds that other processes had the turn."""
         self._files: list[int] = []
         self._turns: list[tuple[int, int]] = []
 
@@ -98,12 +100,14 @@ class Cores:
     def turn(self) -> Iterator[None]:
         """Compute while no other fastcon process does on these cores; for one thread of a process at a time."""
         held = []
-        deadline = time.monotonic() + PATIENCE
+        asked = time.monotonic()
+        deadline = asked + PATIENCE
         for queue, core in self._turns:  # in the order of the cores, so that nobody waits in a circle
             if _wait(queue, deadline):
                 if _wait(core, deadline):
                     held.append(core)
                 fcntl.flock(queue, fcntl.LOCK_UN)  # whoever waits for the core stands first in line for it
+        self.waited += time.monotonic() - asked
         try:
             yield
         finally:

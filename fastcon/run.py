@@ -17,7 +17,7 @@ from typing import Any
 
 from fastcon.checkpoint import write_atomically
 from fastcon.errors import FastconError
-from fastcon.machine import cores, default_threads
+from fastcon.machine import Cores, cores, default_threads
 
 
 class Run:
@@ -151,24 +151,33 @@ class Waits:
     """What the steps of a run waited for; waits.log gets one JSON line each time the run stops or ends.
 
     seconds: from the first batch asked for to the last step's end; of these, pixels and logits are what the loader's
-    consumer waited for them, host is metrics, checkpoints and logging; the rest is the step itself.
+    consumer waited for them, turns what other fastcon processes computed meanwhile, host is metrics, checkpoints and
+    logging; the rest is the step itself. tried: what `advice.measure` found.
     """
 
     FILE = "waits.log"
 
-    def __init__(self, loader: dict[str, float]) -> None:
-        """loader: `Loader.waits`, seconds that go on counting."""
-        self._loader, self._host, self._steps, self._start = loader, 0.0, 0, time.perf_counter()
+    def __init__(self, loader: dict[str, float], cores: Cores) -> None:
+        """loader: `Loader.waits`, seconds that go on counting, as do those of `cores`."""
+        self._loader, self._cores, self._host, self._steps = loader, cores, 0.0, 0
+        self._start = time.perf_counter()
+        self.seconds = 0.0
 
     def step(self, host: float) -> None:
         """Count a step and the seconds it spent on the host's own work."""
         self._steps += 1
         self._host += host
 
-    def write(self, run: Run) -> None:
+    def write(self, run: Run, tried: dict[str, float] | None = None) -> None:
         """Append the line."""
-        seconds = time.perf_counter() - self._start
-        line = {"steps": self._steps, "seconds": seconds, **self._loader, "host": self._host}
+        self.seconds = time.perf_counter() - self._start
+        line: dict[str, Any] = {
+            "steps": self._steps,
+            "seconds": self.seconds,
+            **self._loader,
+            "turns": self._cores.waited,
+        }
+        line |= {"host": self._host, **({"tried": tried} if tried else {})}
         with open(run.path / self.FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcon import checkpoint, models, objective
+from fastcon import advice, checkpoint, models, objective
 from fastcon.codec import TopK
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.kernels.multihead_ce import MultiHeadLoss
@@ -78,6 +78,8 @@ class Machine:
     exact_pixels: bool = False
     log_every: int = 100
     checkpoint_seconds: float = 300.0
+    advise_seconds: float = 60.0
+    """Runs that take longer measure, when they are done, what would make their steps faster."""
     tensorboard: bool = False
 
 
@@ -200,10 +202,11 @@ def train(
             },
         )
 
-    waits = Waits(loader.waits)
     epoch, done = divmod(step, loader.schedule.steps)
-    saved = time.monotonic()
+    saved = began = time.monotonic()
+    start_step = step
     with Cores(run.threads, device) as cores, stop_signals() as stop:
+        waits = Waits(loader.waits, cores)
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
             set_rate(optimizer, step / total, options.milestones)
             with cores.turn():
@@ -234,13 +237,14 @@ def train(
                 raise Interrupted(
                     f"stopped by signal {stop[0]} at step {step} of {total}, saved; run the same command to resume"
                 )
-    report(wait=True)
-    metrics.close()
-    waits.write(run)
-    if board:
-        board.close()
-    checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
-    run.end(RESULT, _export(student, names, untrained))
+        report(wait=True)
+        metrics.close()
+        if board:
+            board.close()
+        checkpoint.write_atomically(run.path / RUN_HEADS, student.export_heads())
+        run.end(RESULT, _export(student, names, untrained))
+        long = time.monotonic() - began > machine.advise_seconds and step > start_step
+        waits.write(run, advice.measure(student, batch.pixels, options.precision, cores) if long else None)
     return row
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fastcon import checkpoint, info
 from fastcon.errors import FastconError, optional_import
+from fastcon.machine import Cores
 from fastcon.run import Metrics, Run, Waits, task_name
 
 
@@ -68,15 +69,17 @@ def test_info_adds_up_what_a_run_waited_for(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 100.0, 130.0])  # two sittings, of 10 and of 30 seconds
     monkeypatch.setattr("fastcon.run.time.perf_counter", lambda: next(clock))
     for pixels in (6.0, 14.0):
-        waits = Waits({"pixels": pixels, "logits": 1.0})
+        waits = Waits({"pixels": pixels, "logits": 1.0}, Cores())
         waits.step(0.5)
         waits.step(0.5)
         waits.write(run)
     with open(run.path / Waits.FILE, "a") as file:
         file.write('{"steps": 1, "sec')  # killed while it wrote
     facts, text = info.describe(str(run.path))
-    assert facts["waits"] == pytest.approx({"pixels": 0.5, "logits": 0.05, "host": 0.05, "step": 0.4, "seconds": 40})
-    assert "time: 50% pixels, 5% logits, 5% host, 40% step of 40 s" in text
+    assert facts["waits"] == pytest.approx(
+        {"pixels": 0.5, "logits": 0.05, "turns": 0, "host": 0.05, "step": 0.4, "seconds": 40}
+    )
+    assert "time: 50% pixels, 5% logits, 0% turns, 5% host, 40% step of 40 s" in text
     assert "to be faster: --threads" in text
 
 
@@ -87,14 +90,26 @@ def test_info_adds_up_what_a_run_waited_for(tmp_path, monkeypatch):
         ({"pixels": 0.3, "logits": 0.1, "host": 0}, 90, "--threads for as many decoding threads as there are cores"),
         ({"pixels": 0.1, "logits": 0.3, "host": 0}, None, "--logits uint8"),
         ({"pixels": 0.1, "logits": 0, "host": 0.2}, None, "--log-every"),
-        ({"pixels": 0.08, "logits": 0.02, "host": 0.09}, None, "--precision"),
+        ({"pixels": 0.1, "logits": 0, "turns": 0.5, "host": 0.2}, None, "other fastcon processes"),
     ],
 )
 def test_what_to_change_follows_from_the_largest_wait(waits, baked, advice):
-    shares = waits | {"step": 1 - sum(waits.values()), "seconds": 9}
+    shares = {"turns": 0} | waits | {"step": 1 - sum(waits.values()), "seconds": 9}
     line = info.diagnosis(shares, {"store": {"recipe": {"bake": baked}}})[1]
     assert advice in line
     assert ("--bake" in line) == (advice == "precompute --bake")
+
+
+@pytest.mark.parametrize(
+    ("rates", "advice"),
+    [
+        ({"": 100.0, "--precision float32": 131.0, "--batch-size 64": 120.0}, "--precision float32: 131 images/s"),
+        ({"": 100.0, "--precision float32": 109.0}, "nothing that was tried (--precision float32) is faster than 100"),
+    ],
+)
+def test_advice_for_the_step_is_what_was_measured(rates, advice):
+    waits = {"pixels": 0.08, "logits": 0.02, "turns": 0, "host": 0.09, "step": 0.81, "seconds": 9, "tried": rates}
+    assert advice in info.diagnosis(waits, CONFIG)[1]
 
 
 def test_a_missing_dependency_names_its_extra():
