@@ -27,22 +27,22 @@ def main(minutes: float, seed: int) -> None:
     import conftest
     import faults
 
-    from fastcon import render
+    from fastcon.data import rendered
+    from fastcon.data.manifest import index
+    from fastcon.distill.verify import verify
     from fastcon.errors import FastconError
-    from fastcon.manifest import index
-    from fastcon.precompute import Settings
-    from fastcon.verify import verify
+    from fastcon.machine import Machine
 
     chance, end = random.Random(seed), time.monotonic() + 60 * minutes
     tally = {"rounds": 0, "kills of precompute": 0, "kills of train": 0, "flips": 0}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        render.write_proxy(folder / "images", 150)
+        rendered.write_proxy(folder / "images", 150)
         models = [
             str(conftest.make_model(folder / "general.safetensors", [f"thing {i}" for i in range(10)], 1)),
             str(conftest.make_model(folder / "letters.safetensors", ["a", "b", "c"], 2, size=40)),
         ]
-        manifest, settings = index([str(folder / "images")]), Settings(batch_size=32)
+        manifest, machine = index([str(folder / "images")]), Machine("cpu", "float32")
         make = ("precompute", str(folder / "images"), str(folder / "store"), *models, "20")
         learn = ("train", str(folder / "store"), str(folder / "run"), "20")
         for command, whole in ((make, "whole store"), (learn, "whole run")):
@@ -64,11 +64,11 @@ def main(minutes: float, seed: int) -> None:
             for _ in range(20):
                 what = faults.flip(folder / "store", chance)
                 try:
-                    found = not all(check.passed for check in verify(str(folder / "store"), manifest, 0, settings))
+                    found = not all(check.passed for check in verify(str(folder / "store"), manifest, 0, machine))
                 except FastconError:
                     found = True
                 assert found, what
-                assert all(check.passed for check in verify(str(folder / "store"), manifest, 0, settings, repair=True))
+                assert all(check.passed for check in verify(str(folder / "store"), manifest, 0, machine, repair=True))
                 assert conftest.tree(folder / "store") == good, what
                 tally["flips"] += 1
             tally["rounds"] += 1

@@ -9,22 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcon import probe as probe
+    from fastcon.api import precompute as precompute
+    from fastcon.api import train as train
+    from fastcon.distill.loader import Loader as Loader
+    from fastcon.distill.loss import loss as loss
     from fastcon.errors import FastconError as FastconError
-    from fastcon.loader import Loader as Loader
-    from fastcon.models import load as load
-    from fastcon.objective import loss as loss
-    from fastcon.store import Store as Store
+    from fastcon.models.load import load as load
+    from fastcon.store.reader import Store as Store
+    from fastcon.transfer.few_shot import few_shot as few_shot
+    from fastcon.transfer.solvers import LinearSVM as LinearSVM
 
 __version__ = "0.1.0"
-__all__ = ["FastconError", "Loader", "Store", "load", "loss", "probe"]
-
-_HOMES = {"FastconError": "errors", "Loader": "loader", "Store": "store", "load": "models", "loss": "objective"}
+_HOMES = {
+    "FastconError": "errors",
+    "LinearSVM": "transfer.solvers",
+    "Loader": "distill.loader",
+    "Store": "store.reader",
+    "few_shot": "transfer.few_shot",
+    "load": "models.load",
+    "loss": "distill.loss",
+    "precompute": "api",
+    "train": "api",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"fastcon.{_HOMES[name]}"), name)
-    if name == "probe":
-        return importlib.import_module("fastcon.probe")
     raise AttributeError(f"module 'fastcon' has no attribute {name!r}")

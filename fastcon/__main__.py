@@ -1,5 +1,5 @@
 """`python -m fastcon` is the command `fastcon`."""
 
-from fastcon.cli import main
+from fastcon.cli.main import main
 
 main()

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcon import render
-from fastcon.checkpoint import write_atomically
+from fastcon.data import rendered
+from fastcon.files import write_atomically
 
 SIZE = 48
 TASKS = {"glyphs": "related", "shapes": "unrelated", "textures": "unrelated", "digits": "unrelated"}
@@ -192,12 +192,12 @@ def _answer(accuracy: dict[str, dict[str, float]]) -> str:
 def _render(root: Path) -> None:
     if (root / "done").exists():
         return
-    for domain in render.DOMAINS:
-        render.write_classes(root / "broad", domain, range(100, 112), 60)
-    for domain in render.DOMAINS:
-        render.write_classes(root / domain, domain, range(24), 100 if domain == "glyphs" else 50)
-    render.write_digits(root / "digits")
-    render.write_proxy(root / "proxy", 3000)
+    for domain in rendered.DOMAINS:
+        rendered.write_classes(root / "broad", domain, range(100, 112), 60)
+    for domain in rendered.DOMAINS:
+        rendered.write_classes(root / domain, domain, range(24), 100 if domain == "glyphs" else 50)
+    rendered.write_digits(root / "digits")
+    rendered.write_proxy(root / "proxy", 3000)
     (root / "done").touch()
 
 
@@ -212,9 +212,9 @@ def _speed(rate: float | None) -> str:
 def _contact_sheet(path: Path) -> None:
     from PIL import Image
 
-    side, columns = render.SIDE, 16
-    sheet = Image.new("RGB", (side * columns, side * 2 * len(render.DOMAINS)))
-    for d, domain in enumerate(render.DOMAINS):
+    side, columns = rendered.SIDE, 16
+    sheet = Image.new("RGB", (side * columns, side * 2 * len(rendered.DOMAINS)))
+    for d, domain in enumerate(rendered.DOMAINS):
         for k in range(2 * columns):
-            sheet.paste(render.make(domain, k // 4, k % 4), (k % columns * side, (2 * d + k // columns) * side))
+            sheet.paste(rendered.make(domain, k // 4, k % 4), (k % columns * side, (2 * d + k // columns) * side))
     sheet.save(path)

@@ -24,3 +24,8 @@ def optional_import(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise FastconError(f"{module} is not installed ({error}): pip install 'fastcon[{extra}]' brings it") from error
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """What an exception says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

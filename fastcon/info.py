@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcon import advice
+from fastcon.distill import advice
 from fastcon.errors import FastconError
 
 WAITS = ("pixels", "logits", "turns", "host")
@@ -23,16 +23,17 @@ def describe(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _store(path: str) -> tuple[dict[str, Any], str]:
-    from fastcon.store import Store
+    from fastcon.store.format import FORMAT
+    from fastcon.store.reader import Store
 
     store = Store(path)
     record, recipe = store.record, store.recipe
     low, high = recipe.scale
     lines = [
-        f"{path}: store of format {record['format']}, {store.rows:,} images x {store.views} views at {recipe.size} px",
-        f"  images    digest {record['images']['digest'][:12]}, from {', '.join(record['images']['sources'])}",
+        f"{path}: store of format {FORMAT}, {store.rows:,} images x {store.views} views at {recipe.size} px",
+        f"  images    digest {record.images.digest[:12]}, from {', '.join(record.images.sources)}",
         f"  views     seed {recipe.seed}, crops of {low:g} to {high:g} of the area, chunks of {recipe.chunk_rows} rows",
-        f"  pixels    {', '.join(f'{k} {v}' for k, v in record['pipeline'].items() if v is not None)}",
+        f"  pixels    {', '.join(f'{k} {v}' for k, v in record.pipeline.items() if v is not None)}",
     ]
     if recipe.bake is not None:
         lines.append(f"  baked     JPEG quality {recipe.bake}, {store.baked().mean():.0%} done")
@@ -41,14 +42,18 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
         finished = store.done(name)
         done[name] = float(finished.mean())
         lines.append(
-            f"  {teacher['role']:11}{name}: {len(teacher['classes'])} classes, {teacher['architecture']}, "
-            f"{teacher['size']} px, {teacher['logits']} logits, {teacher['precision']}, {done[name]:.0%} done"
+            f"  {teacher.role:11}{name}: {len(teacher.classes)} classes, {teacher.architecture}, "
+            f"{teacher.size} px, {teacher.logits} logits, {teacher.precision}, {done[name]:.0%} done"
         )
-    return {"kind": "store", "done": done, **{k: v for k, v in record.items() if k != "view_digests"}}, "\n".join(lines)
+    return {
+        "kind": "store",
+        "done": done,
+        **{k: v for k, v in record.json().items() if k != "view_digests"},
+    }, "\n".join(lines)
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
-    from fastcon.models import RUN_WEIGHTS
+    from fastcon.models.load import RUN_WEIGHTS
 
     config = json.loads((path / "config.json").read_text())
     if not isinstance(config, dict) or "command" not in config:
@@ -115,6 +120,12 @@ def _waits(path: Path) -> dict[str, Any] | None:
     step = {"step": 1 - sum(shares.values()), "seconds": seconds}
     tried = [span["tried"] for span in spans if "tried" in span]
     return {**shares, **step, **({"tried": tried[-1]} if tried else {})}
+
+
+def diagnosis_of(run: str) -> list[str]:
+    """What the time of a finished run went to, and what to change."""
+    waits = _waits(Path(run))
+    return diagnosis(waits, json.loads(Path(run, "config.json").read_text())) if waits else []
 
 
 def diagnosis(waits: dict[str, Any], config: dict[str, Any]) -> list[str]:

@@ -1,145 +1,112 @@
-"""The CPU of this machine, which other fastcon processes may want too: how many cores there are, and whose turn it is.
-
-Two training processes of two threads each on the same two cores make a tenth of the progress of one: a step has
-hundreds of short parallel regions, and in each of them a thread waits, spinning, for one that sits behind the other
-process's time slice. So processes take turns: one that computes holds a lock on each of its cores, and lets go of them
-after every step. Together they are as fast as one alone, and no number of threads, so no last bit of a gradient,
-depends on the neighbours.
-"""
+"""Where and how to compute: one object for every stage. Importing this module does not import PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import math
-import os
-import tempfile
-import time
-from collections.abc import Iterator
+import ctypes
+import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from fastcon.cores import default_threads
+from fastcon.errors import FastconError
+from fastcon.options import Options, option
 
-PATIENCE = 30.0
-"""Seconds after which a process goes on without its turn: whoever has it may be suspended."""
-POLL = 0.0005
+if TYPE_CHECKING:
+    import torch
 
-
-def cores() -> int:
-    """The cores this process may use: those of its affinity, as far as a quota of its cgroup goes."""
-    return max(1, min(len(os.sched_getaffinity(0)), round(min(quota(), 1 << 16))))
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, as by whoever shares cores out among jobs; else one a core."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) else cores()
+LOADERS = ("dali", "torchvision")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # it takes no more
 
 
-def quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
-    """CPUs' worth of time that the cgroup of this process gets; infinity without a limit."""
-    found = [math.inf]
-    with contextlib.suppress(OSError, ValueError):
-        paths = [line.rsplit(":", 1)[-1].strip("/") for line in Path(own).read_text().splitlines()]
-        for path in paths:
-            parents = [Path(path), *Path(path).parents]
-            found += [_limit(Path(root, kind, parent)) for kind in ("", "cpu") for parent in parents]
-    return min(found)
+@dataclasses.dataclass(frozen=True)
+class Machine(Options):
+    """Device, precision, decoder and threads."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1 … ; auto: a GPU if there is one.")
+    precision: str = option(
+        "auto",
+        "What the network computes in; heads are always float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    loader: str = option("dali", "Image decoder.", choices=LOADERS)
+    threads: int | None = option(None, "Threads, to decode and to compute (default: one per core).", low=1)
+
+    @property
+    def target(self) -> torch.device:
+        """The device. Raises FastconError for a GPU that is not there."""
+        return choose_device(self.device)
+
+    @property
+    def cores(self) -> int:
+        """Threads to decode and to compute with."""
+        return self.threads or default_threads()
+
+    def settled(self, training: bool) -> Machine:
+        """With "auto" resolved: the device that there is, and the precision that suits training or inference there."""
+        device = self.target
+        return dataclasses.replace(
+            self, device=str(device), precision=choose_precision(self.precision, device, training)
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What a network's forward pass runs in; an unsettled precision is that of inference."""
+        return precision_context(choose_precision(self.precision, self.target, training=False), self.target)
 
 
-def _limit(folder: Path) -> float:
-    """The limit that one folder of cgroups states, in either of their two versions."""
-    with contextlib.suppress(OSError, ValueError):
-        limit, period = (folder / "cpu.max").read_text().split()
-        return math.inf if limit == "max" else int(limit) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        limit = (folder / "cpu.cfs_quota_us").read_text()
-        return int(limit) / int((folder / "cpu.cfs_period_us").read_text()) if int(limit) > 0 else math.inf
-    return math.inf
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast for "float32", "bfloat16" or "float16" on `device`."""
+    import torch
+
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-class Cores:
-    """The cores that a stage computes on, while it does: `with Cores(threads) as cores`, and `with cores.turn()` a step.
+def choose_precision(precision: str, device: torch.device, training: bool) -> str:
+    """Resolve "auto": on a GPU bfloat16 to train, float16 (finer) for teachers; on a CPU what it computes fast."""
+    import torch
 
-    PyTorch then uses `threads` threads. Fewer than there are cores are kept to cores of their own, so that two processes
-    with half of them each do not meet. Afterwards everything is as it was.
-    """
-
-    def __init__(
-        self, threads: int | None = None, device: torch.device | None = None, folder: str | None = None
-    ) -> None:
-        """threads: None, as many as `default_threads` says. On a GPU nobody waits. folder: where the locks are."""
-        self.threads = threads or default_threads()
-        self._shared = device is None or device.type == "cpu"
-        self._folder = Path(folder or os.path.join(tempfile.gettempdir(), f"fastcon-{os.getuid()}"))
-        self.waited = 0.0
-        """Seconds that other processes had the turn."""
-        self._files: list[int] = []
-        self._turns: list[tuple[int, int]] = []
-
-    def __enter__(self) -> Cores:
-        self._before = torch.get_num_threads(), os.sched_getaffinity(0)
-        torch.set_num_threads(self.threads)
-        if self._shared:
-            with contextlib.suppress(OSError):  # nowhere to meet: every process for itself
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                there = sorted(self._before[1])
-                mine = there if self.threads >= len(there) else self._choose(there)
-                self._turns = [(self._open(f"queue-{core}"), self._open(f"core-{core}")) for core in mine]
-                os.sched_setaffinity(0, mine)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before[0])
-        os.sched_setaffinity(0, self._before[1])
-        self._turns = []
-        while self._files:
-            os.close(self._files.pop())
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Compute while no other fastcon process does on these cores; for one thread of a process at a time."""
-        held = []
-        asked = time.monotonic()
-        deadline = asked + PATIENCE
-        for queue, core in self._turns:  # in the order of the cores, so that nobody waits in a circle
-            if _wait(queue, deadline):
-                if _wait(core, deadline):
-                    held.append(core)
-                fcntl.flock(queue, fcntl.LOCK_UN)  # whoever waits for the core stands first in line for it
-        self.waited += time.monotonic() - asked
-        try:
-            yield
-        finally:
-            for core in held:
-                fcntl.flock(core, fcntl.LOCK_UN)
-
-    def _choose(self, there: list[int]) -> list[int]:
-        """As many cores as threads: those that no other process has chosen, as far as they go."""
-        free: list[int] = []
-        busy: list[int] = []
-        for core in there:
-            mine = len(free) < self.threads and _try(self._open(f"chosen-{core}"))
-            (free if mine else busy).append(core)
-        start = os.getpid() % max(len(busy), 1)
-        return sorted(free + (busy[start:] + busy[:start])[: self.threads - len(free)])
-
-    def _open(self, name: str) -> int:
-        self._files.append(os.open(self._folder / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        return self._files[-1]
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if training else "float16"
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16()
+    return "bfloat16" if fast else "float32"
 
 
-def _try(file: int) -> bool:
+def choose_device(device: str) -> torch.device:
+    """Resolve "auto" to the first GPU, else the CPU. Raises FastconError for a GPU that is not there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise FastconError(f"`device` {device} is none of auto, cpu, cuda and cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise FastconError(f"`device` {device}: PyTorch sees no GPU here; use `device` cpu or auto")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
-def _wait(file: int, deadline: float) -> bool:
-    while not _try(file):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL)
-    return True
+def keep_freed_memory() -> None:
+    """Let glibc reuse what it frees instead of handing it back, for this whole process: for a command to call.
+
+    Activations of a batch are megabytes that come and go with every layer, and fresh pages of the system cost more than
+    filling them. Does nothing where there is no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _has_bf16() -> bool:
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import time
@@ -15,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcon.checkpoint import write_atomically
+from fastcon.cores import Cores, cores, default_threads
 from fastcon.errors import FastconError
-from fastcon.machine import Cores, cores, default_threads
+from fastcon.files import write_atomically, write_json
 
 
 class Run:
@@ -37,7 +36,7 @@ class Run:
         if self._file.exists():
             self._check_same()
         elif self.path.exists() and (not self.path.is_dir() or not self._only_begun()):
-            raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as --out")
+            raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as `out`")
 
     def _threads(self) -> int:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -45,14 +44,14 @@ class Run:
         return default_threads()
 
     def _only_begun(self) -> bool:
-        """Whether nothing is there but what a kill may leave of `begin`."""
+        """True if only an interrupted `begin` left files here."""
         return all(file.name == f"{self._file.name}.partial" for file in self.path.iterdir())
 
     def begin(self) -> None:
         """Write the configuration, when all that could refuse it has been checked."""
         if not self._file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, (json.dumps(self.config, indent=2) + "\n").encode())
+            write_json(self._file, self.config)
 
     def end(self, result: str, data: bytes) -> None:
         """Write the file that says the run is finished, and forget its checkpoints."""
@@ -87,41 +86,8 @@ class Run:
             if key not in ("threads", "versions") and stored.get(key) != value:
                 raise FastconError(
                     f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
-                    "use the same options to resume it, or another --out"
+                    "use the same options to resume it, or another `out`"
                 )
-
-
-def origin(spec: str) -> dict[str, Any]:
-    """Of a MODEL: what to call it ("name"), how it came about ("method") and from which task-specific "teachers"."""
-    path = Path(spec.split("?")[0])
-    known = {"name": path.name or spec, "method": "generalist", "teachers": []}
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return known | {"name": spec.split("/")[-1] or spec}
-    if config.get("command") == "train":
-        store = config["store"]
-        teachers = [name for name in store["teachers"] if name != store["generalist"]]
-        return known | {
-            "method": {"consolidate": "consolidated"}.get(config["method"], config["method"]),
-            "teachers": teachers,
-        }
-    if config.get("command") in ("teach", "finetune"):
-        return known | {
-            "method": "teacher",
-            "teachers": [config["data"].get("task") or task_name(config["data"]["train"])],
-        }
-    return known
-
-
-def task_name(sources: list[str]) -> str:
-    """What a task is called: its first source without folders, options and ending; a data set's own name."""
-    named_set = re.match(r"[a-z]+:([\w-]+)(?:\?|$)", sources[0])
-    if named_set:
-        return named_set[1]
-    parts = [part for part in sources[0].split("/") if part]
-    named = [part for part in parts if part not in ("train", "val", "test")] or parts  # birds/train is birds
-    return named[-1].removesuffix(".tar").removesuffix(".txt") if named else sources[0]
 
 
 class Metrics:
@@ -152,7 +118,7 @@ class Waits:
 
     seconds: from the first batch asked for to the last step's end; of these, pixels and logits are what the loader's
     consumer waited for them, turns what other fastcon processes computed meanwhile, host is metrics, checkpoints and
-    logging; the rest is the step itself. tried: what `advice.measure` found.
+    logging; the rest is the step itself. tried: what `distill.advice` measured.
     """
 
     FILE = "waits.log"

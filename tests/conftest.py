@@ -6,18 +6,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from fastcon.data import rendered
+from fastcon.data.manifest import Manifest, index
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.machine import Machine
+from fastcon.models.load import load
+from fastcon.store.format import Recipe
+from fastcon.store.writer import _commit
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 import numpy as np
 import pytest
 import torch
 import zarr
-
-from fastcon import models, render
-from fastcon import store as stores
-from fastcon.manifest import Manifest, index
-from fastcon.precompute import Settings, Teacher, precompute
-from fastcon.store import Recipe
 
 ARCHITECTURE = "torchvision:shufflenet_v2_x0_5"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -49,14 +51,14 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
-    render.write_classes(root, "shapes", range(6), 14)
+    rendered.write_classes(root, "shapes", range(6), 14)
     return root
 
 
 @pytest.fixture(scope="session")
 def proxy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("proxy")
-    render.write_proxy(root, 150)
+    rendered.write_proxy(root, 150)
     return root
 
 
@@ -68,7 +70,7 @@ def proxy(proxy_folder: Path) -> Manifest:
 def make_model(path: Path, classes: list[str], seed: int, size: int = 32) -> Path:
     """A small network with random weights and lively batch statistics, written as fastcon writes weights."""
     torch.manual_seed(seed)
-    model = models.load(f"{ARCHITECTURE}?size={size}", classes=classes).train()
+    model = load(f"{ARCHITECTURE}?size={size}", classes=classes).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain average, so that few batches settle it
@@ -96,20 +98,21 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teachers(generalist_file: Path, teacher_file: Path) -> list[Teacher]:
     return [
-        Teacher("general", str(generalist_file), models.load(generalist_file), generalist=True),
-        Teacher("letters", str(teacher_file), models.load(teacher_file)),
+        Teacher("general", str(generalist_file), load(generalist_file), generalist=True),
+        Teacher("letters", str(teacher_file), load(teacher_file)),
     ]
 
 
 RECIPE = Recipe(seed=3, size=32, chunk_rows=64)
-SETTINGS = Settings(batch_size=24)
+MACHINE = Machine("cpu", "float32")
+BATCH = 24
 
 
 @pytest.fixture(scope="session")
 def store_path(tmp_path_factory: pytest.TempPathFactory, proxy: Manifest, teachers: list[Teacher]) -> Path:
     """A finished store of 150 images, 2 views, chunks of 64 rows, two teachers. Not to be changed: copy it."""
     path = tmp_path_factory.mktemp("stores") / "store"
-    assert precompute(str(path), proxy, teachers, RECIPE, 2, SETTINGS) == 300
+    assert precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 300
     return path
 
 
@@ -131,4 +134,4 @@ def rewrite_record(path: Path, change: Callable[[dict], None]) -> None:
     group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
     record = dict(group.attrs["fastcon"])
     change(record)
-    stores._commit(group, str(path), record)
+    _commit(group, str(path), record)

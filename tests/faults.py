@@ -10,30 +10,35 @@ import sys
 import threading
 from pathlib import Path
 
+from fastcon.models.load import load
+
 CHUNK_ROWS = 64
 
 
 def precompute(images: str, out: str, generalist: str, teacher: str, views: str) -> None:
     """A store of small chunks; prints the rows done."""
-    from fastcon import models
-    from fastcon.manifest import index
-    from fastcon.precompute import Settings, Teacher, precompute
-    from fastcon.store import Recipe
+    from fastcon.data.manifest import index
+    from fastcon.distill.precompute import Teacher, precompute
+    from fastcon.machine import Machine
+    from fastcon.store.format import Recipe
 
     teachers = [
-        Teacher("general", generalist, models.load(generalist), generalist=True),
-        Teacher("letters", teacher, models.load(teacher)),
+        Teacher("general", generalist, load(generalist), generalist=True),
+        Teacher("letters", teacher, load(teacher)),
     ]
     recipe = Recipe(seed=3, size=32, chunk_rows=CHUNK_ROWS)
-    precompute(out, index([images]), teachers, recipe, int(views), Settings(batch_size=32), progress=_say)
+    precompute(out, index([images]), teachers, recipe, int(views), Machine("cpu", "float32"), 32, progress=_say)
 
 
 def train(store: str, out: str, epochs: str) -> None:
     """A student with a checkpoint after every step; prints the steps done."""
-    from fastcon.train import Machine, Options, train
+    from fastcon.distill.options import TrainOptions, Upkeep
+    from fastcon.distill.train import train
+    from fastcon.machine import Machine
 
-    options = Options(epochs=int(epochs), batch_size=32, precision="float32")
-    train(store, out, options, Machine(log_every=3, checkpoint_seconds=0), progress=_say)
+    options = TrainOptions(epochs=int(epochs), batch_size=32)
+    upkeep = Upkeep(log_every=3, checkpoint_minutes=0)
+    train(store, out, options, Machine("cpu", "float32"), upkeep, progress=_say)
 
 
 def _say(done: int, total: int) -> None:

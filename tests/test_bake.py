@@ -12,19 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, SETTINGS, tree
+from conftest import BATCH, MACHINE, RECIPE, tree
 from PIL import Image
 
-from fastcon import bake, pipeline
+from fastcon.data import decode as decoding
+from fastcon.data.decode import Request
+from fastcon.data.manifest import index
+from fastcon.distill.loader import Loader
+from fastcon.distill.options import TrainOptions
+from fastcon.distill.precompute import precompute, run_teacher
+from fastcon.distill.train import train
+from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
-from fastcon.loader import Loader
-from fastcon.manifest import index
-from fastcon.pipeline import Request
-from fastcon.precompute import precompute, run_teacher
-from fastcon.replay import Replay
-from fastcon.store import Store
-from fastcon.train import Machine, Options, train
-from fastcon.verify import verify
+from fastcon.store import bake
+from fastcon.store.reader import Store
+from fastcon.store.replay import Replay
 
 BAKED = dataclasses.replace(RECIPE, bake=90)
 
@@ -32,7 +34,7 @@ BAKED = dataclasses.replace(RECIPE, bake=90)
 @pytest.fixture(scope="module")
 def baked(tmp_path_factory, proxy, teachers):
     path = tmp_path_factory.mktemp("baked") / "store"
-    assert precompute(str(path), proxy, teachers, BAKED, 2, SETTINGS) == 300
+    assert precompute(str(path), proxy, teachers, BAKED, 2, MACHINE, BATCH) == 300
     return path
 
 
@@ -54,7 +56,7 @@ def test_a_shard_is_a_tar_of_the_rows_in_order(baked, proxy):
         images = [np.asarray(Image.open(io.BytesIO(tar.extractfile(m).read()))) for m in members]
     rows = slice(128, 150)
     request = Request(view.order[rows], view.boxes[rows], view.flips[rows])
-    [pixels] = pipeline.decode(proxy, [request], [32], SETTINGS)
+    [pixels] = decoding.decode(proxy, [request], [32], BATCH, MACHINE)
     cut = pixels[32].permute(0, 2, 3, 1).numpy().astype(int)
     for image, want in zip(images, cut, strict=True):
         assert image.shape == (32, 32, 3)
@@ -66,10 +68,9 @@ def test_small_batches_are_decoded_together_and_come_apart_again(baked, monkeypa
     replay, ends = Replay(Store(baked), None), [0, 7, 8, 40, 41, 73, 90, 150]
     decoded = {}
     for together in (1, 48, 256):
-        monkeypatch.setattr(pipeline, "TOGETHER", together)
+        monkeypatch.setattr(decoding, "TOGETHER", together)
         requests = [replay.request(1, slice(a, b)) for a, b in itertools.pairwise(ends)]
-        options = pipeline.Options(batch_size=60)
-        decoded[together] = [batch[32] for batch in pipeline.decode(replay.images, requests, [32], options)]
+        decoded[together] = [batch[32] for batch in decoding.decode(replay.images, requests, [32], 60, MACHINE)]
         assert [len(batch) for batch in decoded[together]] == np.diff(ends).tolist()
         assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in decoded[together])
     for one, *others in zip(*decoded.values(), strict=True):
@@ -85,7 +86,7 @@ def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teacher
         number, start = divmod(step * 50, 150)
         assert np.array_equal(batch.indices, store.view(number).order[start : start + 50])
         with torch.inference_mode():
-            again = run_teacher(teachers[0].model, batch.pixels, dataclasses.replace(SETTINGS, logits="float32"))
+            again = run_teacher(teachers[0].model, batch.pixels, MACHINE, "float32")
         file = store.shard(number, start // 64)[start % 64]  # the batch's first row, decoded by Pillow
         first = batch.pixels[0].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(np.asarray(Image.open(io.BytesIO(file.tobytes()))) - first).mean() < 2
@@ -94,14 +95,14 @@ def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teacher
 
 
 def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
-    from fastcon import loader as module
+    from fastcon.distill import loader as module
 
     monkeypatch.setattr(module, "index", None)  # nobody lists or reads images
-    options = Options(epochs=1, batch_size=25)
-    row = train(str(copy), str(tmp_path / "run"), options, Machine(device="cpu"))
+    options = TrainOptions(epochs=1, batch_size=25)
+    row = train(str(copy), str(tmp_path / "run"), options, MACHINE)
     assert row["images"] == 150
     with pytest.raises(FastconError, match="--labels needs a class for every proxy image"):
-        train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), Machine(device="cpu"))
+        train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), MACHINE)
 
 
 def test_batches_that_are_kept_stay_as_they_were(baked):
@@ -134,10 +135,10 @@ def test_resumes_to_the_same_bytes(baked, tmp_path, proxy, teachers):
             raise Stop
 
     with pytest.raises(Stop):
-        precompute(str(path), proxy, teachers, BAKED, 1, SETTINGS, stop)
+        precompute(str(path), proxy, teachers, BAKED, 1, MACHINE, BATCH, progress=stop)
     assert 0 < sum(1 for _ in path.rglob("*.tar")) < 3
-    assert precompute(str(path), proxy, teachers, BAKED, 1, SETTINGS) == 150
-    assert precompute(str(path), proxy, teachers, BAKED, 2, SETTINGS) == 150  # one more view
+    assert precompute(str(path), proxy, teachers, BAKED, 1, MACHINE, BATCH) == 150
+    assert precompute(str(path), proxy, teachers, BAKED, 2, MACHINE, BATCH) == 150  # one more view
     assert tree(path) == tree(baked)
 
 
@@ -154,13 +155,13 @@ def test_damage_is_found_named_and_repaired(copy, baked, damage):
         file.write_bytes(data[: 0 if damage == "empty" else -600])
     with pytest.raises(FastconError, match=r"chunk-00002.tar is .*--repair"):
         list(Loader(str(copy), batch_size=50, start_epoch=1))
-    assert [check.what for check in verify(str(copy), None, 8, SETTINGS) if not check.passed][:1] == ["shards"]
-    assert all(check.passed for check in verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert [check.what for check in verify(str(copy), None, 8, MACHINE) if not check.passed][:1] == ["shards"]
+    assert all(check.passed for check in verify(str(copy), None, 8, MACHINE, repair=True))
     assert tree(copy) == tree(baked)
 
 
 def test_verify_bakes_a_sample_again(baked):
-    [line] = [check for check in verify(str(baked), None, 20, SETTINGS) if check.what == "baked"]
+    [line] = [check for check in verify(str(baked), None, 20, MACHINE) if check.what == "baked"]
     assert line.passed
     assert "20 views baked again: 20 the same bytes" in line.seen
 
@@ -170,19 +171,19 @@ def test_other_bytes_are_not_passed_off_as_a_repair(copy, monkeypatch):
     encode = bake.encode
     monkeypatch.setattr(bake, "encode", lambda pixels, quality: encode(pixels, 50))
     with pytest.raises(FastconError, match="other bytes than the teachers saw"):
-        verify(str(copy), None, 0, SETTINGS, repair=True)
+        verify(str(copy), None, 0, MACHINE, repair=True)
 
 
 def test_baked_or_not_is_settled_when_a_store_is_made(baked, store_path, proxy, teachers):
     with pytest.raises(FastconError, match="views baked at quality 90, this call says no baked views"):
-        precompute(str(baked), proxy, teachers, RECIPE, 2, SETTINGS)
+        precompute(str(baked), proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     with pytest.raises(FastconError, match="no baked views, this call says views baked at quality 90"):
-        precompute(str(store_path), proxy, teachers, BAKED, 2, SETTINGS)
+        precompute(str(store_path), proxy, teachers, BAKED, 2, MACHINE, BATCH)
 
 
 def test_object_storage_is_refused(proxy, teachers):
     with pytest.raises(FastconError, match="leave out --bake"):
-        precompute("memory://baked/store", proxy, teachers, BAKED, 1, SETTINGS)
+        precompute("memory://baked/store", proxy, teachers, BAKED, 1, MACHINE, BATCH)
 
 
 def test_shards_are_images_for_anybody(baked):
@@ -199,7 +200,7 @@ def test_samples_and_the_shard_they_come_from_are_mended_together(copy, baked):
     shard(copy, 0, 0).write_bytes(b"gone")
     [samples] = (copy / "samples" / "pixels" / "c").rglob("0/0/0/0")
     samples.write_bytes(b"gone")
-    assert not [check for check in verify(str(copy), None, 8, SETTINGS, repair=True) if not check.passed]
+    assert not [check for check in verify(str(copy), None, 8, MACHINE, repair=True) if not check.passed]
     assert tree(copy) == tree(baked)
 
 
@@ -207,8 +208,8 @@ def test_lost_checksums_of_shards_are_a_row_of_the_table(copy, baked):
     for file in (copy / "baked" / "checksums" / "c").rglob("*"):
         if file.is_file():
             file.write_bytes(b"x")
-    checks = verify(str(copy), None, 8, SETTINGS)
+    checks = verify(str(copy), None, 8, MACHINE)
     assert next(check.what for check in checks if not check.passed) == "shards"
     assert len(checks) > 5
-    assert not [check for check in verify(str(copy), None, 8, SETTINGS, repair=True) if not check.passed]
+    assert not [check for check in verify(str(copy), None, 8, MACHINE, repair=True) if not check.passed]
     assert tree(copy) == tree(baked)

@@ -12,13 +12,15 @@ import torch
 from fastcon.kernels import svm
 from fastcon.kernels.multihead_ce import multihead_cross_entropy
 
-from fastcon import bench, objective
+from fastcon import bench
 from fastcon.bench import fixtures, kernel, loader, probe, store, train
-from fastcon.loader import Loader
-from fastcon.manifest import index
-from fastcon.pipeline import Options
-from fastcon.solvers import LinearSVM
-from fastcon.store import Recipe, Store
+from fastcon.data.manifest import index
+from fastcon.distill import loss as objective
+from fastcon.distill.loader import Loader
+from fastcon.machine import Machine
+from fastcon.store.format import Recipe
+from fastcon.store.reader import Store
+from fastcon.transfer.solvers import LinearSVM
 
 
 def test_rows_of_the_probe_benchmark(monkeypatch):
@@ -138,8 +140,8 @@ def test_rows_of_the_loader_benchmark(monkeypatch):
 
 def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
     files = fixtures.image_files([], tmp_path, 64, 80, 60)
-    recipe, options = Recipe(size=224), Options(64)
-    path = fixtures.store_of(tmp_path / "store", index([str(tmp_path / "photos")]), recipe, 1, [4], options)
+    recipe = Recipe(size=224)
+    path = fixtures.store_of(tmp_path / "store", index([str(tmp_path / "photos")]), recipe, 1, [4], Machine("cpu"))
     [theirs] = loader._torchvision(Store(path), files, 0, 1)
     [ours] = loader._pixels(path, torch.device("cpu"), 1)
     order = next(iter(Loader(str(path), batch_size=64))).indices.argsort()
@@ -148,7 +150,7 @@ def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
 
 
 def test_rows_of_the_train_benchmark(monkeypatch):
-    monkeypatch.setattr(train.models, "compiled", lambda model, mode: model)  # that takes half a minute
+    monkeypatch.setattr(train, "compiled", lambda model, mode: model)  # that takes half a minute
     monkeypatch.setattr(train, "PAPERS_BATCH", 8)
     scale = train.Scale("torchvision:shufflenet_v2_x0_5", 32, 8, 256, (40, 36), 2, 1)
     rows = train.bench(lambda line: None, torch.device("cpu"), rounds=1, scale=scale)

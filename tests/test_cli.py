@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_model, rewrite_record
 
-from fastcon.cli import main
+from fastcon.cli.main import main
 
 COMMANDS = [
     "precompute",
@@ -346,7 +346,8 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, message):
 
 def test_features_of_the_images_that_draws_touch_are_enough(tmp_path, labelled_folder, teacher_file, monkeypatch):
     """Of a large set a probe computes no more; the accuracies are the same."""
-    from fastcon import cli, features
+    from fastcon.transfer import features
+    from fastcon.transfer import probe as cli
 
     sizes = []
     real = features.features

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import RECIPE, SETTINGS, tree
+from conftest import BATCH, MACHINE, RECIPE, tree
 from fastcon.kernels.multihead_ce import QuantisedLogits, multihead_cross_entropy
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastcon
-from fastcon.codec import codec
+from fastcon.distill.loader import Loader
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.distill.train import rough_temperature
+from fastcon.distill.verify import verify
 from fastcon.errors import FastconError, UsageError
-from fastcon.loader import Loader
-from fastcon.precompute import Teacher, precompute
-from fastcon.store import Store
-from fastcon.train import rough_temperature
-from fastcon.verify import verify
+from fastcon.store.codec import codec
+from fastcon.store.reader import Store
 
 
 def decoded(name: str, logits: torch.Tensor) -> np.ndarray:
@@ -94,7 +94,7 @@ def coded(request, tmp_path_factory, proxy, teachers):
     path = str(tmp_path_factory.mktemp("coded") / "store")
     names = ["uint8", "float16"] if request.param == "mixed" else [request.param] * 2
     for teacher, name in zip(teachers, names, strict=True):
-        precompute(path, proxy, [teacher], RECIPE, 2, dataclasses.replace(SETTINGS, logits=name))
+        precompute(path, proxy, [teacher], RECIPE, 2, MACHINE, BATCH, name)
     return path
 
 
@@ -126,13 +126,13 @@ def test_the_loader_hands_out_what_is_stored(coded):
 
 def test_damage_in_any_part_is_found_and_repaired(coded):
     before = tree(Path(coded))
-    assert all(check.passed for check in verify(coded, None, 40, SETTINGS))
+    assert all(check.passed for check in verify(coded, None, 40, MACHINE))
     for part in Store(coded).codec("general").parts(10):
         group = zarr.open_group(coded, mode="r+")
         group[f"teachers/general/{part}"][1, 64:128] = 1  # a whole chunk, checksummed by Zarr, of other rows
         with pytest.raises(FastconError, match=r"view 1, chunk 1 .* holds other rows"):
             Store(coded).logits("general", 1, 1)
-        assert all(check.passed for check in verify(coded, None, 4, SETTINGS, repair=True))
+        assert all(check.passed for check in verify(coded, None, 4, MACHINE, repair=True))
         assert tree(Path(coded)) == before
 
 
@@ -148,13 +148,12 @@ def test_a_multi_label_teacher_has_no_top_k(tmp_path, proxy, teachers):
     model = teachers[1].model
     kept, model.heads = model.heads, [head]
     try:
-        settings = dataclasses.replace(SETTINGS, logits="top2")
         with pytest.raises(FastconError, match="is multi-label"):
-            precompute(str(tmp_path / "s"), proxy, [Teacher("tags", "x", model)], RECIPE, 1, settings)
+            precompute(str(tmp_path / "s"), proxy, [Teacher("tags", "x", model)], RECIPE, 1, MACHINE, BATCH, "top2")
     finally:
         model.heads = kept
 
 
 def test_a_teacher_does_not_change_its_codec(coded, proxy, teachers):
     with pytest.raises(FastconError, match=r"letters.*is in .* with logits"):
-        precompute(coded, proxy, [teachers[1]], RECIPE, 2, dataclasses.replace(SETTINGS, logits="float32"))
+        precompute(coded, proxy, [teachers[1]], RECIPE, 2, MACHINE, BATCH, "float32")

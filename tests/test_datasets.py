@@ -11,9 +11,9 @@ import scipy.io
 import torchvision
 from PIL import Image
 
-from fastcon import datasets
+from fastcon.data import datasets
+from fastcon.data.manifest import index
 from fastcon.errors import FastconError
-from fastcon.manifest import index
 
 
 def picture(path: Path, shade: int = 0) -> None:

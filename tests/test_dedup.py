@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from conftest import rng
 from PIL import Image, ImageEnhance
 
-from fastcon import dedup, render
-from fastcon.cli import main
+from fastcon.cli.main import main
+from fastcon.data import dedup, rendered
+from fastcon.data.manifest import index
 from fastcon.errors import FastconError
-from fastcon.manifest import index
 
 
 def altered(image: Image.Image, kind: str) -> bytes:
@@ -60,7 +60,7 @@ def test_planted_duplicates_are_found_and_no_others(tmp_path, shared_data):
 
 def test_from_the_command_line(tmp_path):
     for k in range(6):
-        image = render.make("shapes", k, 0)
+        image = rendered.make("shapes", k, 0)
         (tmp_path / "a" / "c").mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "a" / "c" / f"{k}.png")
     (tmp_path / "b").mkdir()

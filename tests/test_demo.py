@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastcon import demo
-from fastcon.cli import main
+from fastcon.cli.main import main
 
 
 def test_the_story_with_commands_played(tmp_path, monkeypatch):

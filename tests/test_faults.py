@@ -18,19 +18,20 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, SETTINGS, rewrite_record, tree
+from conftest import BATCH, MACHINE, RECIPE, rewrite_record, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_train import MACHINE, QUICK
+from test_train import QUICK, UPKEEP
 
-from fastcon import precompute as stage
-from fastcon import store as stores
+from fastcon.data.manifest import index
+from fastcon.distill import precompute as stage
+from fastcon.distill.train import train
+from fastcon.distill.verify import verify
 from fastcon.errors import FastconError, Interrupted
-from fastcon.manifest import index
-from fastcon.store import Store
-from fastcon.train import train
-from fastcon.verify import verify
+from fastcon.store.format import COPY
+from fastcon.store.reader import Store
+from fastcon.store.writer import StoreWriter
 
 KILLS = [5, pytest.param(25, marks=pytest.mark.slow)]
 FLIPS = [30, pytest.param(200, marks=pytest.mark.slow)]
@@ -63,19 +64,19 @@ def test_precompute_killed_at_any_moment(tmp_path, proxy_folder, generalist_file
 
 
 def test_at_most_two_chunks_wait_to_be_written(tmp_path, proxy, teachers, monkeypatch):
-    real, written, ahead = stores.StoreWriter.write, [], []
+    real, written, ahead = StoreWriter.write, [], []
 
     def slow(self, *args):
         time.sleep(0.3)
         real(self, *args)
         written.append(args[0])
 
-    monkeypatch.setattr(stores.StoreWriter, "write", slow)
+    monkeypatch.setattr(StoreWriter, "write", slow)
 
     def look(done: int, total: int) -> None:
         ahead.append(-(-done // 64) - len(written))
 
-    stage.precompute(str(tmp_path / "s"), proxy, teachers[1:], RECIPE, 2, SETTINGS, look)
+    stage.precompute(str(tmp_path / "s"), proxy, teachers[1:], RECIPE, 2, MACHINE, BATCH, progress=look)
     assert len(written) == 6
     assert max(ahead) == 2
 
@@ -107,11 +108,11 @@ def test_a_flipped_bit_anywhere_is_found_and_mended(tmp_path, store_path, proxy,
         path = Path(shutil.copytree(store_path, tmp_path / str(number)))
         what = faults.flip(path, chance)
         try:
-            found = any(not check.passed for check in verify(str(path), proxy, 0, SETTINGS))
+            found = any(not check.passed for check in verify(str(path), proxy, 0, MACHINE))
         except FastconError:
             found = True
         assert found, what
-        assert all(check.passed for check in verify(str(path), proxy, 0, SETTINGS, repair=True)), what
+        assert all(check.passed for check in verify(str(path), proxy, 0, MACHINE, repair=True)), what
         assert tree(path) == good, what
         shutil.rmtree(path)
 
@@ -120,17 +121,17 @@ def test_repair_computes_what_was_damaged_and_nothing_else(copy, proxy, monkeypa
     chunk = copy / "teachers" / "letters" / "logits" / "c" / "1" / "2" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     written: list[tuple] = []
-    real = stores.StoreWriter.write
-    monkeypatch.setattr(stores.StoreWriter, "write", lambda self, *a: (written.append(a[:3]), real(self, *a)))
-    assert all(check.passed for check in verify(str(copy), proxy, 8, SETTINGS, repair=True))
+    real = StoreWriter.write
+    monkeypatch.setattr(StoreWriter, "write", lambda self, *a: (written.append(a[:3]), real(self, *a)))
+    assert all(check.passed for check in verify(str(copy), proxy, 8, MACHINE, repair=True))
     assert written == [("letters", 1, 2)]
 
 
 def test_a_record_lost_with_its_copy_is_said(copy, proxy):
-    for name in ("zarr.json", stores.COPY):
+    for name in ("zarr.json", COPY):
         (copy / name).write_bytes((copy / name).read_bytes().replace(b'"seed": 3', b'"seed": 4'))
     with pytest.raises(FastconError, match="are both damaged"):
-        verify(str(copy), proxy, 0, SETTINGS, repair=True)
+        verify(str(copy), proxy, 0, MACHINE, repair=True)
 
 
 def test_a_signal_stops_precompute_with_whole_chunks(tmp_path, proxy, teachers, store_path):
@@ -145,9 +146,9 @@ def test_a_signal_stops_precompute_with_whole_chunks(tmp_path, proxy, teachers, 
     with pytest.raises(
         Interrupted, match=r"stopped by signal 15 after \d+ of 300 rows; run the same command to resume"
     ):
-        stage.precompute(str(path), proxy, teachers, RECIPE, 2, SETTINGS, poke)
+        stage.precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH, progress=poke)
     assert Store(path).done("letters").sum() == 1
-    stage.precompute(str(path), proxy, teachers, RECIPE, 2, SETTINGS)
+    stage.precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     assert tree(path) == tree(store_path)
 
 
@@ -161,7 +162,7 @@ def test_a_reader_beside_the_writer_sees_finished_rows_only(tmp_path, proxy, tea
                 assert np.array_equal(store.logits(name, view, chunk), whole.logits(name, view, chunk))
                 seen.append((name, view, chunk))
 
-    stage.precompute(str(path), proxy, teachers, RECIPE, 2, SETTINGS, look)
+    stage.precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH, progress=look)
     assert len(set(seen)) >= 8
 
 
@@ -190,7 +191,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(tmp_path, proxy_fo
         assert "File too large" in line
         assert "Traceback" not in refused.stderr
         assert limited(resource.RLIM_INFINITY, *command).returncode == 0
-    assert all(check.passed for check in verify(str(store), None, 32, SETTINGS))
+    assert all(check.passed for check in verify(str(store), None, 32, MACHINE))
     assert json.loads((tmp_path / "probe.json").read_text())["results"][0]["accuracies"]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -295,7 +296,9 @@ def test_broken_images_among_good_ones(tmp_path, teachers):
     stored = {}
     for loader in ("dali", "torchvision"):
         path = str(tmp_path / loader)
-        stage.precompute(path, manifest, teachers, replace(RECIPE, chunk_rows=8), 1, replace(SETTINGS, loader=loader))
+        stage.precompute(
+            path, manifest, teachers, replace(RECIPE, chunk_rows=8), 1, replace(MACHINE, loader=loader), BATCH
+        )
         stored[loader] = Store(path).samples()[1].astype(np.int16)
     assert np.abs(stored["dali"] - stored["torchvision"]).mean(axis=(1, 2, 3)).max() <= 1.0
 
@@ -306,10 +309,10 @@ def test_an_overflowed_step_in_float16_is_skipped(tmp_path, store_path, generali
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: real(device, init_scale=2.0**60, enabled=enabled)
     )
-    options = replace(QUICK, epochs=1, precision="float16")
-    train(str(store_path), str(tmp_path / "skipped"), options, MACHINE)
+    options = replace(QUICK, epochs=1)
+    train(str(store_path), str(tmp_path / "skipped"), options, MACHINE, UPKEEP)
     monkeypatch.undo()
-    train(str(store_path), str(tmp_path / "moved"), options, MACHINE)
+    train(str(store_path), str(tmp_path / "moved"), options, MACHINE, UPKEEP)
     skipped, moved = (load_file(tmp_path / run / "student.safetensors") for run in ("skipped", "moved"))
     start = load_file(generalist_file)
     weight = "conv1.0.weight"
@@ -347,7 +350,7 @@ def test_any_record_opens_or_is_refused(store_path, tmp_path_factory, data):
     """A record by another hand, with a digest that fits: whatever it says, errors are ours."""
     path = tmp_path_factory.mktemp("fuzz") / "store"
     shutil.copytree(store_path, path)
-    record = json.loads((path / stores.COPY).read_text())
+    record = json.loads((path / COPY).read_text())
     *parents, last = data.draw(st.sampled_from(places(record)))
     value = data.draw(JSON)
 
@@ -399,7 +402,7 @@ def test_metadata_that_say_something_else_are_found(copy, store_path, proxy):
                 store._array(name.removesuffix("/zarr.json"))
         except FastconError:
             found_on_read += 1
-        assert all(check.passed for check in verify(str(copy), proxy, 0, SETTINGS, repair=True)), name
+        assert all(check.passed for check in verify(str(copy), proxy, 0, MACHINE, repair=True)), name
         assert tree(copy) == tree(store_path), name
     assert found_on_read == len(Store(store_path).layout) + 1  # every array, and the record
 
@@ -407,8 +410,8 @@ def test_metadata_that_say_something_else_are_found(copy, store_path, proxy):
 def test_a_store_of_one_image_is_whole(tmp_path, proxy, teachers):
     """All of its columns are zeros, which are data all the same."""
     one = proxy.select(np.array([0]))
-    stage.precompute(str(tmp_path / "s"), one, teachers, RECIPE, 2, SETTINGS)
-    assert all(check.passed for check in verify(str(tmp_path / "s"), one, 2, SETTINGS))
+    stage.precompute(str(tmp_path / "s"), one, teachers, RECIPE, 2, MACHINE, BATCH)
+    assert all(check.passed for check in verify(str(tmp_path / "s"), one, 2, MACHINE))
     assert Store(tmp_path / "s").view(1).order.tolist() == [0]
 
 
@@ -416,5 +419,5 @@ def test_lost_checksums_are_found_in_the_chunks_and_need_no_teacher(copy, store_
     file = copy / "teachers" / "letters" / "checksums" / "c" / "1" / "0"
     file.write_bytes(b"?" + file.read_bytes()[1:])
     monkeypatch.setattr(stage, "fill", lambda *_: pytest.fail("something was computed again"))
-    assert all(check.passed for check in verify(str(copy), proxy, 0, SETTINGS, repair=True))
+    assert all(check.passed for check in verify(str(copy), proxy, 0, MACHINE, repair=True))
     assert tree(copy) == tree(store_path)

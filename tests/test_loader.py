@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastcon
+from fastcon.data.manifest import index
+from fastcon.distill.loader import Loader, Schedule, default_lanes
 from fastcon.errors import FastconError
-from fastcon.loader import Loader, Schedule, default_lanes
-from fastcon.manifest import index
-from fastcon.store import Store
+from fastcon.store.reader import Store
 
 
 @given(
@@ -133,12 +133,12 @@ def test_an_unfinished_store_is_refused(store_path, proxy, tmp_path):
 
 
 def test_labels_follow_their_images(tmp_path, labelled_folder, teachers):
-    from conftest import RECIPE, SETTINGS
+    from conftest import BATCH, MACHINE, RECIPE
 
-    from fastcon.precompute import precompute
+    from fastcon.distill.precompute import precompute
 
     images = index([labelled_folder])
-    precompute(str(tmp_path / "s"), images, teachers[:1], RECIPE, 1, SETTINGS)
+    precompute(str(tmp_path / "s"), images, teachers[:1], RECIPE, 1, MACHINE, BATCH)
     for batch in Loader(str(tmp_path / "s"), images, 20):
         names = [images.name(int(i)).split("/")[0] for i in batch.indices]
         assert [images.classes[k] for k in batch.labels] == names

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import rng
+from fastcon.manifest import ImageReader, index
 from PIL import Image
 
 from fastcon import manifest as manifests
 from fastcon.errors import FastconError
-from fastcon.manifest import ImageReader, index
 
 
 def encoded(form: str = "JPEG", size: tuple[int, int] = (40, 30), seed: int = 0, mode: str = "RGB", **options) -> bytes:

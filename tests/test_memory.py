@@ -11,7 +11,6 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from fastcon import memory
 if sys.argv[1] == "keep":
     memory.keep_freed()
 def fill():

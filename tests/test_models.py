@@ -10,9 +10,10 @@ from conftest import ARCHITECTURE
 from safetensors.torch import load_file, save_file
 from torchvision import models as zoo
 
-from fastcon import models
 from fastcon.errors import FastconError
-from fastcon.models import Head
+from fastcon.machine import choose_device
+from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Head
+from fastcon.models.load import load
 
 FAMILIES = {
     "alexnet": 64,
@@ -39,7 +40,7 @@ FAMILIES = {
 def test_a_second_head_leaves_the_first_as_it_was(name, tmp_path):
     size = FAMILIES[name]
     torch.manual_seed(0)
-    model = models.load(f"torchvision:{name}?size={size}", classes=["x", "y", "z"])
+    model = load(f"torchvision:{name}?size={size}", classes=["x", "y", "z"])
     pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
         alone = model(pixels)
@@ -49,20 +50,20 @@ def test_a_second_head_leaves_the_first_as_it_was(name, tmp_path):
         torch.testing.assert_close(both["head"], alone, rtol=1e-4, atol=1e-4)
         assert model.features(pixels).shape == (2, model.feature_size)
         (tmp_path / "m.safetensors").write_bytes(model.export("head"))
-        torch.testing.assert_close(models.load(tmp_path / "m.safetensors")(pixels), alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(load(tmp_path / "m.safetensors")(pixels), alone, rtol=1e-4, atol=1e-4)
         if name.startswith("mnasnet"):
             return  # torchvision's MNASNet wants a version that no plain state dict carries
         extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         theirs = zoo.get_model(name, num_classes=3, **extra).eval()
         theirs.load_state_dict(load_file(tmp_path / "m.safetensors"))
-        normalised = (pixels / 255 - torch.tensor(models.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
-            models.IMAGENET_STD
-        ).view(3, 1, 1)
+        normalised = (pixels / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(
+            3, 1, 1
+        )
         torch.testing.assert_close(theirs(normalised), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_features_are_what_the_head_is_given():
-    model = models.load("torchvision:resnet18?size=32", classes=["a", "b"])
+    model = load("torchvision:resnet18?size=32", classes=["a", "b"])
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         layer = model.head_module.layer
@@ -70,7 +71,7 @@ def test_features_are_what_the_head_is_given():
 
 
 def test_heads_compute_in_float32_under_autocast():
-    model = models.load(f"{ARCHITECTURE}?size=32", classes=["a", "b"])
+    model = load(f"{ARCHITECTURE}?size=32", classes=["a", "b"])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     assert logits.dtype == torch.float32
@@ -78,10 +79,10 @@ def test_heads_compute_in_float32_under_autocast():
 
 
 def test_size_mean_and_std_come_from_the_spec_then_the_weights_then_the_call(generalist_file):
-    assert models.load(f"{generalist_file}?size=48&mean=0,0,0&std=1,1,1").size == 48
-    assert models.load(generalist_file, size=99).size == 32
-    assert models.load(ARCHITECTURE, size=99).size == 99
-    model = models.load(f"{ARCHITECTURE}?size=16&mean=0,0.5,1&std=1,1,0.5", classes=["a", "b"])
+    assert load(f"{generalist_file}?size=48&mean=0,0,0&std=1,1,1").size == 48
+    assert load(generalist_file, size=99).size == 32
+    assert load(ARCHITECTURE, size=99).size == 99
+    model = load(f"{ARCHITECTURE}?size=16&mean=0,0.5,1&std=1,1,0.5", classes=["a", "b"])
     seen = []
     model.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8))
@@ -100,7 +101,7 @@ def test_common_wrappings_of_checkpoints_come_off(tmp_path, wrap):
     state = plain_state(tmp_path / "bare.pt")
     wrapped = {f"{wrap}{k}": v for k, v in state.items()} if wrap.endswith(".") else {wrap: state, "epoch": 3}
     torch.save(state if wrap == "bare" else wrapped, tmp_path / "w.pt")
-    model = models.load(f"{ARCHITECTURE}@{tmp_path}/w.pt")
+    model = load(f"{ARCHITECTURE}@{tmp_path}/w.pt")
     assert len(model.heads[0].classes) == 4
     assert torch.equal(model.head_module.layer.weight, state["fc.weight"])
 
@@ -112,7 +113,7 @@ def test_weights_that_do_not_fit_say_which_keys(tmp_path):
     state["new.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(FastconError) as error:
-        models.load(f"{ARCHITECTURE}@{tmp_path}/bad.pt")
+        load(f"{ARCHITECTURE}@{tmp_path}/bad.pt")
     assert "missing: conv5.0.weight" in str(error.value)
     assert "unexpected: new.weight" in str(error.value)
     assert "other shape: conv1.0.weight (1,) instead of (24, 3, 3, 3)" in str(error.value)
@@ -128,7 +129,7 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
     torch.save({"state_dict": _Touch()}, tmp_path / "evil.pt")
     (tmp_path / "ran").unlink(missing_ok=True)
     with pytest.raises(FastconError, match="pickled code is never run"):
-        models.load(f"{ARCHITECTURE}@{tmp_path}/evil.pt")
+        load(f"{ARCHITECTURE}@{tmp_path}/evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -156,7 +157,7 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
 )
 def test_specs_that_name_nothing(spec, message):
     with pytest.raises(FastconError, match=message):
-        models.load(spec)
+        load(spec)
 
 
 def test_a_python_factory(tmp_path, monkeypatch):
@@ -165,28 +166,28 @@ def test_a_python_factory(tmp_path, monkeypatch):
         "def number(): return 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    model = models.load("python:mine:net?size=8")
+    model = load("python:mine:net?size=8")
     assert model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 5)
     with pytest.raises(FastconError, match="returned a int"):
-        models.load("python:mine:number")
+        load("python:mine:number")
 
 
 def test_a_safetensors_file_of_torchvision_names(tmp_path):
     state = plain_state(tmp_path / "a.pt")
     save_file(state, tmp_path / "a.safetensors", metadata={"classes": json.dumps(list("wxyz")), "size": "40"})
-    model = models.load(f"{ARCHITECTURE}@{tmp_path}/a.safetensors")
+    model = load(f"{ARCHITECTURE}@{tmp_path}/a.safetensors")
     assert model.heads[0].classes == tuple("wxyz")
     assert model.size == 40
     with pytest.raises(FastconError, match="does not say its architecture"):
-        models.load(tmp_path / "a.safetensors")
+        load(tmp_path / "a.safetensors")
     save_file(state, tmp_path / "b.safetensors", metadata={"classes": json.dumps(["one"])})
     with pytest.raises(FastconError, match="names 1 classes, its head has 4 outputs"):
-        models.load(f"{ARCHITECTURE}@{tmp_path}/b.safetensors")
+        load(f"{ARCHITECTURE}@{tmp_path}/b.safetensors")
 
 
 def test_the_digest_follows_the_weights(generalist_file, teacher_file):
-    model = models.load(generalist_file)
-    assert model.digest() == models.load(generalist_file).digest() != models.load(teacher_file).digest()
+    model = load(generalist_file)
+    assert model.digest() == load(generalist_file).digest() != load(teacher_file).digest()
     before = model.digest()
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-6
@@ -194,20 +195,20 @@ def test_the_digest_follows_the_weights(generalist_file, teacher_file):
 
 
 def test_the_real_generalist(shared_data):
-    model = models.load(shared_data / "resnet18-tiny-imagenet-64.safetensors")
+    model = load(shared_data / "resnet18-tiny-imagenet-64.safetensors")
     assert (model.size, model.architecture, len(model.heads[0].classes)) == (64, "torchvision:resnet18", 200)
 
 
 def test_timm_models():
     pytest.importorskip("timm", reason="the timm extra is not installed")
-    model = models.load("timm:resnet10t?size=32", classes=["a", "b"])
+    model = load("timm:resnet10t?size=32", classes=["a", "b"])
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert model(pixels).shape == (2, 2)
     assert model.features(pixels).shape == (2, 512)
 
 
 def test_random_weights_are_the_same_for_the_same_spec():
-    first, again, other = (models.load(f"{ARCHITECTURE}?size=32{seed}").digest() for seed in ("", "&seed=0", "&seed=1"))
+    first, again, other = (load(f"{ARCHITECTURE}?size=32{seed}").digest() for seed in ("", "&seed=0", "&seed=1"))
     assert first == again != other
 
 
@@ -216,7 +217,7 @@ def test_a_data_file_does_not_choose_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"architecture": "python:chosen:net"})
     with pytest.raises(FastconError, match="a network of your own code: give it as python:chosen:net@FILE"):
-        models.load(tmp_path / "a.safetensors")
+        load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "mps", "cuda"])
@@ -224,19 +225,19 @@ def test_devices_that_are_not_there(device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(FastconError, match=f"--device {device}"):
-        models.choose_device(device)
+        choose_device(device)
 
 
 def test_one_of_several_heads(tmp_path, generalist_file):
-    model = models.load(generalist_file)
+    model = load(generalist_file)
     model.replace_heads([model.heads[0], Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
     run = tmp_path / "run"
     run.mkdir()
     (run / "student.safetensors").write_bytes(model.export("head"))
     (run / "heads.safetensors").write_bytes(model.export_heads())
-    both, one = models.load(run), models.load(f"{run}?head=new")
+    both, one = load(run), load(f"{run}?head=new")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(one(pixels), both.split(both(pixels))["new"])
     assert [head.classes for head in one.heads] == [("x", "y")]
     with pytest.raises(FastconError, match="no head 'z': there are head, new"):
-        models.load(f"{run}?head=z")
+        load(f"{run}?head=z")

@@ -9,15 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, SETTINGS, make_model, tree
+from conftest import BATCH, MACHINE, RECIPE, make_model, tree
 
-from fastcon import models, pipeline, precompute
-from fastcon import store as stores
+from fastcon.data import decode as decoding
+from fastcon.data.decode import Request
+from fastcon.distill import precompute
+from fastcon.distill.loader import Loader
+from fastcon.distill.precompute import Teacher
 from fastcon.errors import FastconError
-from fastcon.loader import Loader
-from fastcon.pipeline import Request
-from fastcon.precompute import Teacher
-from fastcon.store import Store
+from fastcon.models.classifier import Head
+from fastcon.models.load import load
+from fastcon.store import pixels
+from fastcon.store.reader import Store
+from fastcon.store.writer import StoreWriter
 
 
 def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
@@ -26,7 +30,7 @@ def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
     for teacher in teachers:
         size = teacher.model.size
         request = [Request(view.order[64:128], view.boxes[64:128], view.flips[64:128])]
-        [pixels] = pipeline.decode(proxy, request, [size], pipeline.Options(batch_size=64))
+        [pixels] = decoding.decode(proxy, request, [size], 64, MACHINE)
         with torch.no_grad():
             expected = teacher.model(pixels[size])
         stored = torch.from_numpy(store.logits(teacher.name, 1, 1)).float()
@@ -38,12 +42,12 @@ def test_the_student_sees_the_pixels_the_teacher_saw(tmp_path, proxy, teachers, 
     seen = []
     real = precompute.run_teacher
 
-    def spy(model, pixels, settings):
+    def spy(model, pixels, machine, logits):
         seen.append(pixels.clone())
-        return real(model, pixels, settings)
+        return real(model, pixels, machine, logits)
 
     monkeypatch.setattr(precompute, "run_teacher", spy)
-    precompute.precompute(str(tmp_path / "s"), proxy, teachers[:1], RECIPE, 2, SETTINGS)
+    precompute.precompute(str(tmp_path / "s"), proxy, teachers[:1], RECIPE, 2, MACHINE, BATCH)
     by_teacher = torch.cat(seen).view(2, 150, 3, 32, 32)
     view = [Store(tmp_path / "s").view(v) for v in range(2)]
     loader = Loader(str(tmp_path / "s"), proxy, 25, epochs=2)
@@ -59,7 +63,7 @@ def test_the_student_sees_the_pixels_the_teacher_saw(tmp_path, proxy, teachers, 
 
 def test_resuming_gives_the_same_bytes(tmp_path, proxy, teachers, store_path, monkeypatch):
     path = str(tmp_path / "s")
-    real, calls = stores.StoreWriter.write, 0
+    real, calls = StoreWriter.write, 0
 
     def dies(self, *args):
         nonlocal calls
@@ -68,14 +72,14 @@ def test_resuming_gives_the_same_bytes(tmp_path, proxy, teachers, store_path, mo
             raise KeyboardInterrupt
         real(self, *args)
 
-    monkeypatch.setattr(stores.StoreWriter, "write", dies)
+    monkeypatch.setattr(StoreWriter, "write", dies)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+            precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     monkeypatch.undo()
-    assert 0 < precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS) < 300
+    assert 0 < precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH) < 300
     assert tree(Path(path)) == tree(store_path)
-    assert precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS) == 0
+    assert precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 0
     assert tree(Path(path)) == tree(store_path)
 
 
@@ -85,16 +89,16 @@ def test_more_views_and_another_teacher_compute_just_those(tmp_path, proxy, teac
     real = precompute.run_teacher
     names = {id(teacher.model): teacher.name for teacher in teachers}
 
-    def spy(model, pixels, settings):
+    def spy(model, pixels, machine, logits):
         ran[names[id(model)]] = ran.get(names[id(model)], 0) + len(pixels)
-        return real(model, pixels, settings)
+        return real(model, pixels, machine, logits)
 
     monkeypatch.setattr(precompute, "run_teacher", spy)
-    precompute.precompute(path, proxy, teachers[:1], RECIPE, 1, SETTINGS)
+    precompute.precompute(path, proxy, teachers[:1], RECIPE, 1, MACHINE, BATCH)
     assert ran == {"general": 150}
-    precompute.precompute(path, proxy, teachers, RECIPE, 1, SETTINGS)
+    precompute.precompute(path, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
     assert ran == {"general": 150, "letters": 150}
-    precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     assert ran == {"general": 300, "letters": 300}
     assert tree(Path(path)) == tree(store_path)
 
@@ -110,41 +114,41 @@ def test_batches_never_straddle_a_chunk(store_path):
 def test_other_weights_under_the_same_name_are_refused(tmp_path, store_path, proxy, teachers):
     path = shutil.copytree(store_path, tmp_path / "s")
     other = make_model(tmp_path / "m.safetensors", ["a", "b", "c"], seed=9, size=40)
-    changed = Teacher("letters", str(other), models.load(other))
+    changed = Teacher("letters", str(other), load(other))
     with pytest.raises(
         FastconError, match=r"teacher 'letters' is in .* with weights \w{12}…, the one given has \w{12}…"
     ):
-        precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, SETTINGS)
+        precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, MACHINE, BATCH)
 
 
 def test_a_second_generalist_is_refused(tmp_path, store_path, proxy, teachers):
     path = shutil.copytree(store_path, tmp_path / "s")
     second = replace(teachers[1], name="other", generalist=True)
     with pytest.raises(FastconError, match="has the generalist 'general', and a store has one"):
-        precompute.precompute(str(path), proxy, [second], RECIPE, 2, SETTINGS)
+        precompute.precompute(str(path), proxy, [second], RECIPE, 2, MACHINE, BATCH)
 
 
 def test_names_given_twice_are_refused(tmp_path, proxy, teachers):
     with pytest.raises(FastconError, match="'letters' is given twice"):
-        precompute.precompute(str(tmp_path / "s"), proxy, [teachers[1]] * 2, RECIPE, 1, SETTINGS)
+        precompute.precompute(str(tmp_path / "s"), proxy, [teachers[1]] * 2, RECIPE, 1, MACHINE, BATCH)
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_logits_that_are_no_numbers_are_named_and_not_stored(tmp_path, proxy, teachers, value):
-    model = models.load(teachers[1].spec)
+    model = load(teachers[1].spec)
     with torch.no_grad():
         model.head_module.layer.bias[1] = value
     with pytest.raises(
         FastconError, match=r"teacher 'bad' gives NaN, infinite or float16-overflowing .*image '0\d+\.jpg'"
     ):
-        precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("bad", "x", model)], RECIPE, 1, SETTINGS)
+        precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("bad", "x", model)], RECIPE, 1, MACHINE, BATCH)
     assert not Store(tmp_path / "s").done("bad").any()
 
 
 def test_a_full_disk_is_said_and_survived(tmp_path, proxy, teachers, store_path, monkeypatch):
     path = str(tmp_path / "s")
-    real, calls = stores.StoreWriter.write, 0
+    real, calls = StoreWriter.write, 0
 
     def full(self, *args):
         nonlocal calls
@@ -153,28 +157,28 @@ def test_a_full_disk_is_said_and_survived(tmp_path, proxy, teachers, store_path,
             raise OSError(28, "No space left on device")
         real(self, *args)
 
-    monkeypatch.setattr(stores.StoreWriter, "write", full)
+    monkeypatch.setattr(StoreWriter, "write", full)
     with pytest.raises(FastconError, match=r"No space left on device.: free space, then run the same command again"):
-        precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+        precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     monkeypatch.undo()
-    precompute.precompute(path, proxy, teachers, RECIPE, 2, SETTINGS)
+    precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     assert tree(Path(path)) == tree(store_path)
 
 
 def test_pixels_that_decode_otherwise_are_refused(tmp_path, store_path, proxy, monkeypatch):
     store = Store(store_path)
-    assert precompute.check_pixels(store, proxy, SETTINGS, exact=True) is None
-    slightly = replace(SETTINGS, loader="torchvision")
-    warning = precompute.check_pixels(store, proxy, slightly, exact=False)
+    assert pixels.check_pixels(store, proxy, MACHINE, exact=True) is None
+    slightly = replace(MACHINE, loader="torchvision")
+    warning = pixels.check_pixels(store, proxy, slightly, exact=False)
     assert warning is not None
     assert "of 255 on average over 64 samples" in warning
     assert "loader dali → torchvision" in warning
     with pytest.raises(FastconError, match="decode differently"):
-        precompute.check_pixels(store, proxy, slightly, exact=True)
-    real = precompute.decode_samples
+        pixels.check_pixels(store, proxy, slightly, exact=True)
+    real = pixels.decode_samples
     monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, :, ::-1])
     with pytest.raises(FastconError, match="decode differently"):
-        precompute.check_pixels(store, proxy, SETTINGS, exact=False)
+        pixels.check_pixels(store, proxy, MACHINE, exact=False)
 
 
 def test_sample_pixels_are_kept(store_path):
@@ -186,8 +190,8 @@ def test_sample_pixels_are_kept(store_path):
 
 def test_a_store_in_object_storage(proxy, teachers, store_path):
     """fsspec's in-memory file system stands in for a bucket."""
-    precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 1, SETTINGS)
-    assert precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 2, SETTINGS) == 150
+    precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    assert precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 150
     remote, local = Store("memory://bucket/store"), Store(store_path)
     for name in local.teachers:
         for view in range(2):
@@ -196,20 +200,20 @@ def test_a_store_in_object_storage(proxy, teachers, store_path):
 
 
 def test_a_teacher_that_failed_at_once_may_come_back_mended(tmp_path, proxy, teachers):
-    broken = models.load(teachers[1].spec)
+    broken = load(teachers[1].spec)
     with torch.no_grad():
         broken.head_module.layer.bias[1] = float("nan")
     for attempt in (broken, teachers[1].model):
         mended = attempt is not broken
         try:
-            precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("a", "x", attempt)], RECIPE, 1, SETTINGS)
+            precompute.precompute(str(tmp_path / "s"), proxy, [Teacher("a", "x", attempt)], RECIPE, 1, MACHINE, BATCH)
         except FastconError:
             assert not mended
     assert Store(tmp_path / "s").done("a").all()
 
 
 def test_a_model_of_several_heads_must_say_which(teachers):
-    model = models.load(teachers[1].spec)
-    model.replace_heads([*model.heads, models.Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
+    model = load(teachers[1].spec)
+    model.replace_heads([*model.heads, Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
     with pytest.raises(FastconError, match=r"runs/s has several heads \(head, new\): choose one, as runs/s\?head=head"):
         Teacher("a", "runs/s", model)

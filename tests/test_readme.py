@@ -8,12 +8,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, SETTINGS, make_model
+from conftest import BATCH, MACHINE, RECIPE, make_model
 
-from fastcon import models, study
-from fastcon.cli import main
-from fastcon.manifest import index
-from fastcon.precompute import Teacher, precompute
+from fastcon import study
+from fastcon.cli.main import main
+from fastcon.data.manifest import index
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.models.load import load
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
@@ -28,10 +29,10 @@ def demo_folder(tmp_path_factory, proxy_folder) -> Path:
     make_model(demo / "generalist" / "model.safetensors", [f"thing {k}" for k in range(9)], 1)
     glyphs = make_model(root / "glyphs.safetensors", ["x", "y"], 2)
     teachers = [
-        Teacher("broad", "demo/generalist", models.load(demo / "generalist"), generalist=True),
-        Teacher("glyphs", str(glyphs), models.load(glyphs)),
+        Teacher("broad", "demo/generalist", load(demo / "generalist"), generalist=True),
+        Teacher("glyphs", str(glyphs), load(glyphs)),
     ]
-    precompute(str(demo / "store"), index([proxy_folder]), teachers, RECIPE, 1, SETTINGS)
+    precompute(str(demo / "store"), index([proxy_folder]), teachers, RECIPE, 1, MACHINE, BATCH)
     return root
 
 

@@ -21,7 +21,7 @@ from fastcon.report import write_report
 from fastcon.report.results import RELATED, read
 from fastcon.report.sheet import top
 from fastcon.report.tally import tally
-from fastcon.store import Store
+from fastcon.store.reader import Store
 
 PAPER = Path(__file__).parent.parent / "benchmarks" / "paper"
 NASTY = "<script>alert(1)</script>\n\"'&|_$%" + "x" * 4000
@@ -223,11 +223,12 @@ def test_contradictions_and_foreign_folders_are_refused(tmp_path):
 
 
 def test_a_run_gives_curves_and_a_store_views(tmp_path, store_path):
-    from test_train import MACHINE, QUICK
+    from conftest import MACHINE
+    from test_train import QUICK, UPKEEP
 
-    from fastcon.train import train
+    from fastcon.distill.train import train
 
-    train(str(store_path), str(tmp_path / "student"), QUICK, MACHINE)
+    train(str(store_path), str(tmp_path / "student"), QUICK, MACHINE, UPKEEP)
     result = probe({"student": ("consolidated", ["letters"], [0.5, 0.6]), "base": ("generalist", [], [0.4, 0.5])})
     paths = [write(tmp_path / "a.json", result), str(tmp_path / "student")]
     write_report(paths, str(tmp_path / "out"), views=str(store_path))

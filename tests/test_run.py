@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from fastcon import checkpoint, info
+from fastcon import files, info
+from fastcon.cores import Cores
+from fastcon.data.splits import task_name
 from fastcon.errors import FastconError, optional_import
-from fastcon.machine import Cores
-from fastcon.run import Metrics, Run, Waits, task_name
+from fastcon.files import write_atomically
+from fastcon.run import Metrics, Run, Waits
 
 
 def test_a_run_is_reopened_by_the_same_configuration_alone(tmp_path):
@@ -42,14 +44,14 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(FastconError, match=r"cannot be written .No space left on device.: free space"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 

@@ -9,9 +9,9 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from test_probe import clusters
 
-from fastcon import solvers
 from fastcon.errors import FastconError
-from fastcon.solvers import LinearSVM
+from fastcon.transfer import solvers
+from fastcon.transfer.solvers import LinearSVM
 
 
 @parametrize_with_checks([LinearSVM()])

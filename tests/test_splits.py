@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcon import splits
+from fastcon.data import splits
+from fastcon.data.manifest import index
 from fastcon.errors import FastconError
-from fastcon.manifest import index
 
 NAMES = [f"class {k}" for k in range(11)]
 

@@ -14,10 +14,10 @@ import pytest
 import zarr
 from conftest import RECIPE, rewrite_record, tree
 
-from fastcon import store as stores
+from fastcon.data.manifest import index
 from fastcon.errors import FastconError
-from fastcon.manifest import index
-from fastcon.store import Store, open_for_writing
+from fastcon.store.reader import Store
+from fastcon.store.writer import make_view, open_for_writing
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_plain_zarr_reads_it(store_path, proxy):
     assert (logits.shape, logits.dtype) == ((2, 150, 3), np.dtype("float16"))
     assert np.array_equal(np.sort(group["order"][1]), np.arange(150))
     assert np.array_equal(group["images/ids"][:], proxy.ids)
-    assert np.array_equal(group["boxes"][0], stores.make_view(RECIPE, proxy, 0).boxes)
+    assert np.array_equal(group["boxes"][0], make_view(RECIPE, proxy, 0).boxes)
 
 
 def test_logits_are_read_back_as_written(store_path):

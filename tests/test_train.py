@@ -13,36 +13,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURE, RECIPE, SETTINGS
+from conftest import ARCHITECTURE, BATCH, MACHINE, RECIPE
 from safetensors.torch import load_file
 from torchvision import models as zoo
 
-from fastcon import checkpoint, models
-from fastcon import train as training
+from fastcon import files
+from fastcon.cores import Cores
+from fastcon.data.manifest import index
+from fastcon.distill import train as training
+from fastcon.distill.loader import Loader
+from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.distill.train import train
 from fastcon.errors import FastconError, Interrupted
-from fastcon.loader import Loader
-from fastcon.machine import Cores
-from fastcon.manifest import index
-from fastcon.precompute import Settings, Teacher, precompute
-from fastcon.store import Recipe, Store
-from fastcon.train import Machine, Options, train
+from fastcon.models.classifier import Head
+from fastcon.models.load import from_bytes, load
+from fastcon.store.format import Recipe
+from fastcon.store.reader import Store
+from fastcon.training import newest
 
-QUICK = Options(epochs=3, batch_size=32, precision="float32")
-MACHINE = Machine(log_every=3)
+QUICK = TrainOptions(epochs=3, batch_size=32)
+UPKEEP = Upkeep(log_every=3)
 
 
 @pytest.fixture(scope="module")
 def trained(store_path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "consolidate"
-    train(str(store_path), str(out), QUICK, MACHINE)
+    train(str(store_path), str(out), QUICK, MACHINE, UPKEEP)
     return out
 
 
 def test_it_is_sgd_on_the_papers_loss(store_path, tmp_path):
     """One epoch written out by hand: the paper's loss by autograd, plain SGD; the same way is gone."""
     store = Store(store_path)
-    student = models.from_bytes(store.weights("general"), "x")
-    heads = [models.Head("general", student.heads[0].classes), models.Head("letters", ("a", "b", "c"))]
+    student = from_bytes(store.weights("general"), "x")
+    heads = [Head("general", student.heads[0].classes), Head("letters", ("a", "b", "c"))]
     student.replace_heads(heads, keep={"general": 0}, seed=0)
     student.on(torch.device("cpu")).eval()  # on running statistics, without dropout
     start = {name: value.clone() for name, value in student.named_parameters()}
@@ -66,8 +71,8 @@ def test_it_is_sgd_on_the_papers_loss(store_path, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1), MACHINE)
-    ours = dict(models.load(tmp_path / "run").named_parameters())
+    train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1), MACHINE, UPKEEP)
+    ours = dict(load(tmp_path / "run").named_parameters())
     for part in ("conv1", "stage2", "stage4", "fc"):
         theirs, mine = (
             torch.cat([(way[name] - start[name]).detach().ravel() for name in start if f"net.{part}" in name])
@@ -97,7 +102,7 @@ def test_what_a_run_leaves_behind(trained, store_path):
     assert {name: tuple(t.shape) for name, t in heads.items()} == {
         "general.bias": (10,), "general.weight": (10, 1024), "letters.bias": (3,), "letters.weight": (3, 1024),
     }  # fmt: skip
-    model = models.load(trained)
+    model = load(trained)
     assert [(head.name, len(head.classes)) for head in model.heads] == [("general", 10), ("letters", 3)]
     assert model.heads[1].classes == ("a", "b", "c")
     assert torch.equal(model.head_weights("letters")["weight"], heads["letters.weight"])
@@ -110,15 +115,15 @@ class _Stop(Exception):
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_resuming_equals_never_having_stopped(store_path, trained, tmp_path, monkeypatch, stop_at):
     """Stopped by force after a step, with the last checkpoint before it: same weights, same metrics, to the bit."""
-    machine = replace(MACHINE, checkpoint_seconds=0 if stop_at != 5 else 1e9)
+    upkeep = replace(UPKEEP, checkpoint_minutes=0 if stop_at != 5 else 1e9)
 
     def bomb(done, total):
         if done == stop_at:
             raise _Stop
 
     with pytest.raises(_Stop):
-        train(str(store_path), str(tmp_path / "run"), QUICK, machine, progress=bomb)
-    train(str(store_path), str(tmp_path / "run"), QUICK, machine)
+        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, upkeep, progress=bomb)
+    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, upkeep)
     for name in ("student.safetensors", "heads.safetensors", "metrics.jsonl", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes(), name
 
@@ -132,8 +137,8 @@ def test_sums_that_arrive_late_make_the_same_rows(store_path, trained, tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, progress=stop)
-    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE)
+        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, UPKEEP, progress=stop)
+    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, UPKEEP)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
 
@@ -143,10 +148,10 @@ def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_pa
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="stopped by signal 15 at step 5 of 12"):
-        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, progress=poke)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints")["step"] == 5
+        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, UPKEEP, progress=poke)
+    assert newest(tmp_path / "run" / "checkpoints")["step"] == 5
     said: list[str] = []
-    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, say=said.append)
+    train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, UPKEEP, say=said.append)
     assert any("resuming" in line and "step 5 of 12" in line for line in said)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
@@ -154,33 +159,33 @@ def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_pa
 def test_a_finished_run_is_left_alone_and_another_is_refused(store_path, trained):
     said: list[str] = []
     before = (trained / "student.safetensors").stat().st_mtime_ns
-    assert train(str(store_path), str(trained), QUICK, MACHINE, say=said.append)["step"] == 12
+    assert train(str(store_path), str(trained), QUICK, MACHINE, UPKEEP, say=said.append)["step"] == 12
     assert "nothing to do" in said[0]
     assert (trained / "student.safetensors").stat().st_mtime_ns == before
     with pytest.raises(FastconError, match=r"holds another run: temperature was 2.0, this call says 3.0"):
-        train(str(store_path), str(trained), replace(QUICK, temperature=3.0), MACHINE)
+        train(str(store_path), str(trained), replace(QUICK, temperature=3.0), MACHINE, UPKEEP)
 
 
 def test_a_folder_with_other_files_is_refused(store_path, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(FastconError, match="holds other files and no run"):
-        train(str(store_path), str(tmp_path), QUICK, MACHINE)
+        train(str(store_path), str(tmp_path), QUICK, MACHINE, UPKEEP)
 
 
 def test_traditional_trains_the_tasks_and_leaves_head_0(store_path, tmp_path, generalist_file):
     options = replace(QUICK, method="traditional", epochs=1)
-    row = train(str(store_path), str(tmp_path / "run"), options, MACHINE)
+    row = train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP)
     assert list(row["heads"]) == ["letters"]
     original, exported = load_file(generalist_file), load_file(tmp_path / "run" / "student.safetensors")
     assert torch.equal(exported["fc.weight"], original["fc.weight"])
     assert not torch.equal(exported["conv5.0.weight"], original["conv5.0.weight"])
-    model = models.load(tmp_path / "run")
+    model = load(tmp_path / "run")
     assert [head.name for head in model.heads] == ["letters", "general"]
     assert torch.equal(model.head_weights("general")["weight"], original["fc.weight"])
 
 
 def test_soft_label_trains_head_0_alone(store_path, tmp_path):
-    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, method="soft-label", epochs=1), MACHINE)
+    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, method="soft-label", epochs=1), MACHINE, UPKEEP)
     assert list(row["heads"]) == ["general"]
     assert row["loss"] == pytest.approx(row["heads"]["general"]["loss"])
 
@@ -188,44 +193,44 @@ def test_soft_label_trains_head_0_alone(store_path, tmp_path):
 def test_another_architecture_says_that_head_0_is_random(store_path, tmp_path):
     said: list[str] = []
     options = replace(QUICK, epochs=1, student="torchvision:mobilenet_v3_small")
-    train(str(store_path), str(tmp_path / "run"), options, MACHINE, say=said.append)
+    train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP, say=said.append)
     assert any("head 0 starts at random" in line for line in said)
     theirs = zoo.mobilenet_v3_small(num_classes=10)
     theirs.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"))
-    assert models.load(tmp_path / "run").size == 32
+    assert load(tmp_path / "run").size == 32
 
 
 def test_balance_weighs_the_heads(store_path, tmp_path):
-    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1, balance=(1.0, 3.0)), MACHINE)
+    row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1, balance=(1.0, 3.0)), MACHINE, UPKEEP)
     heads = row["heads"]
     assert row["loss"] == pytest.approx(0.5 * heads["general"]["loss"] + 1.5 * heads["letters"]["loss"], rel=1e-6)
 
 
 def test_labels_add_a_supervised_head(tmp_path, labelled_folder, teachers, store_path):
-    from fastcon.manifest import index
+    from fastcon.data.manifest import index
 
-    precompute(str(tmp_path / "s"), index([labelled_folder]), teachers[:1], RECIPE, 1, SETTINGS)
+    precompute(str(tmp_path / "s"), index([labelled_folder]), teachers[:1], RECIPE, 1, MACHINE, BATCH)
     options = replace(QUICK, method="soft-label", labels=True, epochs=2, batch_size=20)
-    row = train(str(tmp_path / "s"), str(tmp_path / "run"), options, MACHINE)
+    row = train(str(tmp_path / "s"), str(tmp_path / "run"), options, MACHINE, UPKEEP)
     assert row["loss"] == pytest.approx(row["heads"]["general"]["loss"] + row["heads"]["labels"]["loss"], rel=1e-6)
-    assert models.load(tmp_path / "run").heads[1].classes == tuple(f"shape-00{k}" for k in range(6))
+    assert load(tmp_path / "run").heads[1].classes == tuple(f"shape-00{k}" for k in range(6))
     with pytest.raises(FastconError, match="--labels needs a class for every proxy image"):
-        train(str(store_path), str(tmp_path / "other"), replace(QUICK, labels=True), MACHINE)
+        train(str(store_path), str(tmp_path / "other"), replace(QUICK, labels=True), MACHINE, UPKEEP)
 
 
 def test_without_a_generalist_a_student_is_needed(tmp_path, proxy, teachers):
-    precompute(str(tmp_path / "s"), proxy, teachers[1:], RECIPE, 1, SETTINGS)
+    precompute(str(tmp_path / "s"), proxy, teachers[1:], RECIPE, 1, MACHINE, BATCH)
     options = replace(QUICK, method="traditional", epochs=1)
     with pytest.raises(FastconError, match="no generalist to start from: give --student"):
-        train(str(tmp_path / "s"), str(tmp_path / "a"), options, MACHINE)
+        train(str(tmp_path / "s"), str(tmp_path / "a"), options, MACHINE, UPKEEP)
     train(str(tmp_path / "s"), str(tmp_path / "b"), replace(options, student=ARCHITECTURE), MACHINE)
-    assert models.load(tmp_path / "b").heads[0].classes == ("a", "b", "c")
+    assert load(tmp_path / "b").heads[0].classes == ("a", "b", "c")
 
 
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(store_path, tmp_path):
     options = replace(QUICK, lr_backbone=1e20, lr_heads=1e20)
     with pytest.raises(FastconError, match=r"the loss is nan at step 3 .*last good checkpoint"):
-        train(str(store_path), str(tmp_path / "run"), options, MACHINE)
+        train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP)
     assert not (tmp_path / "run" / "student.safetensors").exists()
     [start] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert start["step"] == 0
@@ -233,7 +238,7 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(store_path, t
 
 def test_a_batch_larger_than_the_store_is_refused(store_path, tmp_path):
     with pytest.raises(FastconError, match="a batch of 151 needs as many images, the store has 150"):
-        train(str(store_path), str(tmp_path / "run"), replace(QUICK, batch_size=151, lanes=1), MACHINE)
+        train(str(store_path), str(tmp_path / "run"), replace(QUICK, batch_size=151, lanes=1), MACHINE, UPKEEP)
 
 
 def test_rates_fall_at_the_milestones():
@@ -248,20 +253,20 @@ def test_rates_fall_at_the_milestones():
 
 def test_checkpoints_keep_two_and_skip_a_torn_one(tmp_path):
     for step in range(1, 5):
-        checkpoint.save(tmp_path, step, {"step": step, "x": torch.ones(2)})
+        files.save(tmp_path, step, {"step": step, "x": torch.ones(2)})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
     newest = tmp_path / "step-000000004.pt"
     newest.write_bytes(newest.read_bytes()[:100])
-    assert checkpoint.newest(tmp_path)["step"] == 3
+    assert newest(tmp_path)["step"] == 3
 
 
 def test_the_run_survives_a_moved_store(store_path, tmp_path, trained):
     moved = shutil.copytree(store_path, tmp_path / "moved")
-    assert train(str(moved), str(trained), QUICK, MACHINE)["step"] == 12
+    assert train(str(moved), str(trained), QUICK, MACHINE, UPKEEP)["step"] == 12
 
 
 def test_the_seed_sets_new_heads(store_path, tmp_path, trained):
-    train(str(store_path), str(tmp_path / "run"), replace(QUICK, seed=1, epochs=1), MACHINE)
+    train(str(store_path), str(tmp_path / "run"), replace(QUICK, seed=1, epochs=1), MACHINE, UPKEEP)
     a, b = (load_file(run / "heads.safetensors")["letters.weight"].numpy() for run in (trained, tmp_path / "run"))
     assert not np.allclose(a, b)
 
@@ -272,7 +277,7 @@ def _statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_running_statistics_stay_bit_for_bit_and_affine_parameters_are_trained(trained, store_path):
     store = Store(store_path)
-    before = models.from_bytes(store.weights("general"), "x").net.state_dict()
+    before = from_bytes(store.weights("general"), "x").net.state_dict()
     after = load_file(trained / "student.safetensors")
     kept = _statistics(after)
     assert kept
@@ -282,8 +287,8 @@ def test_running_statistics_stay_bit_for_bit_and_affine_parameters_are_trained(t
 
 
 def test_batch_statistics_move_when_asked_for(store_path, tmp_path):
-    train(str(store_path), str(tmp_path), replace(QUICK, epochs=1, batch_norm="batch"), MACHINE)
-    before = models.from_bytes(Store(store_path).weights("general"), "x").net.state_dict()
+    train(str(store_path), str(tmp_path), replace(QUICK, epochs=1, batch_norm="batch"), MACHINE, UPKEEP)
+    before = from_bytes(Store(store_path).weights("general"), "x").net.state_dict()
     after = _statistics(load_file(tmp_path / "student.safetensors"))
     assert all(not torch.equal(value, before[key]) for key, value in after.items())
 
@@ -299,9 +304,9 @@ def test_the_start_is_the_generalist_and_says_so(trained, capsys):
     assert "the student agrees with general on 100.0% of 128 images" in describe(str(trained))[1]
 
 
-def _warnings(store: Path, out: Path, options: Options) -> list[str]:
+def _warnings(store: Path, out: Path, options: TrainOptions) -> list[str]:
     said: list[str] = []
-    train(str(store), str(out), options, MACHINE, say=said.append)
+    train(str(store), str(out), options, MACHINE, UPKEEP, say=said.append)
     return [line for line in said if "does not start as its generalist" in line]
 
 
@@ -324,10 +329,10 @@ def test_a_wrong_normalisation_warns(store_path, generalist_file, tmp_path):
 def test_the_check_changes_nothing_of_the_student(store_path, tmp_path):
     """Statistics of the batches that were compared would otherwise be in the student of batch mode."""
     options = replace(QUICK, epochs=1, batch_norm="batch")
-    train(str(store_path), str(tmp_path / "checked"), options, MACHINE)
+    train(str(store_path), str(tmp_path / "checked"), options, MACHINE, UPKEEP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "starts_as_generalist", lambda *_: False)
-        train(str(store_path), str(tmp_path / "unchecked"), options, MACHINE)
+        train(str(store_path), str(tmp_path / "unchecked"), options, MACHINE, UPKEEP)
     students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("checked", "unchecked")]
     assert students[0] == students[1]
 
@@ -339,8 +344,8 @@ def test_lite0_in_batch_mode_warns_and_on_running_statistics_does_not(shared_dat
     spec += "?size=96&mean=0.5,0.5,0.5&std=0.5,0.5,0.5"
     photos = index([str(shared_data / "photos.tar")])
     store = tmp_path / "store"
-    teacher = Teacher("imagenet", spec, models.load(spec), generalist=True)
-    precompute(str(store), photos, [teacher], Recipe(seed=0, size=96), 1, Settings(batch_size=32))
+    teacher = Teacher("imagenet", spec, load(spec), generalist=True)
+    precompute(str(store), photos, [teacher], Recipe(seed=0, size=96), 1, MACHINE, 32)
     options = replace(QUICK, method="soft-label", epochs=1, batch_size=20)
     assert not _warnings(store, tmp_path / "running", options)
     [line] = _warnings(store, tmp_path / "batch", replace(options, batch_norm="batch"))
@@ -358,9 +363,9 @@ def _stop_at(step: int) -> Callable[[int, int], None]:
 def test_threads_are_recorded_and_kept_when_it_goes_on(store_path, tmp_path, monkeypatch):
     options = replace(QUICK, epochs=1)
     with pytest.raises(Interrupted):
-        train(str(store_path), str(tmp_path), options, replace(MACHINE, threads=1), progress=_stop_at(2))
+        train(str(store_path), str(tmp_path), options, replace(MACHINE, threads=1), UPKEEP, progress=_stop_at(2))
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
     used: list[int] = []
     monkeypatch.setattr(training, "Cores", lambda threads, device: used.append(threads) or Cores(threads, device))
-    train(str(store_path), str(tmp_path), options, MACHINE)
+    train(str(store_path), str(tmp_path), options, MACHINE, UPKEEP)
     assert used == [1]

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import SETTINGS, make_model, rewrite_record, tree
+from conftest import BATCH, MACHINE, make_model, rewrite_record, tree
 
-from fastcon import verify as verification
+from fastcon.distill import verify as verification
+from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
-from fastcon.store import Store, _digest
-from fastcon.verify import verify
+from fastcon.store import pixels
+from fastcon.store.format import digest
+from fastcon.store.reader import Store
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def failed(checks):
 
 
 def test_a_whole_store_passes(store_path):
-    checks = verify(str(store_path), None, 60, SETTINGS)
+    checks = verify(str(store_path), None, 60, MACHINE)
     assert not failed(checks)
     assert [check.what for check in checks] == [
         "metadata", "images", "views", "pixels", "general: chunks", "general: weights", "general: rows", "letters: chunks",
@@ -51,10 +53,10 @@ def test_damage_is_named_and_repaired(copy, store_path, damage):
         file.write_bytes(data)
     else:
         file.write_bytes(data[: 0 if damage == "empty" else -9])
-    seen = failed(verify(str(copy), None, 8, SETTINGS))
+    seen = failed(verify(str(copy), None, 8, MACHINE))
     assert list(seen) == ["letters: chunks"]
     assert "view 1, chunk 2 (rows 128 to 149)" in seen["letters: chunks"]
-    assert not failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert not failed(verify(str(copy), None, 8, MACHINE, repair=True))
     assert tree(copy) == tree(store_path)
 
 
@@ -63,9 +65,9 @@ def test_rows_of_other_images_are_found(copy):
     group = zarr.open_group(str(copy))
     order = np.roll(group["order"][0], 1)
     group["order"][0] = order
-    digest = _digest(order, group["boxes"][0], group["flips"][0])
-    rewrite_record(copy, lambda record: record["view_digests"].__setitem__(0, digest))
-    seen = failed(verify(str(copy), None, 100, SETTINGS))
+    found = digest(order, group["boxes"][0], group["flips"][0])
+    rewrite_record(copy, lambda record: record["view_digests"].__setitem__(0, found))
+    seen = failed(verify(str(copy), None, 100, MACHINE))
     assert "not what the recipe makes" in seen["views"]
     assert any("KL" in seen.get(f"{name}: rows", "") for name in ("general", "letters"))
 
@@ -75,43 +77,41 @@ def test_logits_of_another_teacher_are_found(copy, teachers):
     logits = group["teachers/letters/logits"]
     rows = logits[0][:, ::-1].copy()
     store = Store(copy)
-    from fastcon.store import checksum
+    from fastcon.store.format import checksum
 
     logits[0] = rows
     for chunk in range(store.chunks):
         a, b = store.chunk_range(chunk)
         group["teachers/letters/checksums"][0, chunk] = checksum(rows[a:b])
-    assert list(failed(verify(str(copy), None, 100, SETTINGS))) == ["letters: rows"]
+    assert list(failed(verify(str(copy), None, 100, MACHINE))) == ["letters: rows"]
 
 
 def test_an_unfinished_store_is_said(copy):
     zarr.open_group(str(copy))["teachers/letters/checksums"][1, 0] = -1
-    assert failed(verify(str(copy), None, 0, SETTINGS)) == {
-        "letters: chunks": "5 of 6 chunks whole, 1 not computed yet"
-    }
+    assert failed(verify(str(copy), None, 0, MACHINE)) == {"letters: chunks": "5 of 6 chunks whole, 1 not computed yet"}
 
 
 def test_a_teacher_that_is_gone_or_changed_is_said(copy, tmp_path):
     other = make_model(tmp_path / "other.safetensors", ["a", "b", "c"], seed=77, size=40)
     for spec, message in ((str(other), "put the former back"), ("gone.safetensors", "no such weights file")):
         rewrite_record(copy, lambda record, spec=spec: record["teachers"]["letters"].update(spec=spec))
-        assert message in failed(verify(str(copy), None, 8, SETTINGS))["letters: rows"]
+        assert message in failed(verify(str(copy), None, 8, MACHINE))["letters: rows"]
 
 
 def test_pixels_that_decode_otherwise_are_said(store_path, monkeypatch):
-    from fastcon import precompute
+    from fastcon.distill import precompute
 
-    real = precompute.decode_samples
+    real = pixels.decode_samples
     monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, ::-1])
-    assert "decode differently" in failed(verify(str(store_path), None, 0, SETTINGS))["pixels"]
+    assert "decode differently" in failed(verify(str(store_path), None, 0, MACHINE))["pixels"]
     monkeypatch.undo()
-    checks = verify(str(store_path), None, 0, replace(SETTINGS, loader="torchvision"))
+    checks = verify(str(store_path), None, 0, replace(MACHINE, loader="torchvision"))
     assert "of 255 on average" in next(check.seen for check in checks if check.what == "pixels")
 
 
 def test_other_images_are_refused(store_path, labelled_folder):
     with pytest.raises(FastconError, match="the store was made from 150 images"):
-        verify(str(store_path), [str(labelled_folder)], 8, SETTINGS)
+        verify(str(store_path), [str(labelled_folder)], 8, MACHINE)
 
 
 def test_the_comparison_by_value():
@@ -132,20 +132,20 @@ def test_only_finished_rows_are_computed_again(copy, proxy, teachers):
     """A teacher that lacks a chunk and a view that another has: said, not stumbled over."""
     from conftest import RECIPE
 
-    from fastcon.precompute import precompute
+    from fastcon.distill.precompute import precompute
 
-    precompute(str(copy), proxy, teachers[:1], RECIPE, 3, SETTINGS)
+    precompute(str(copy), proxy, teachers[:1], RECIPE, 3, MACHINE, BATCH)
     zarr.open_group(str(copy))["teachers/letters/checksums"][1, 0] = -1
-    seen = failed(verify(str(copy), None, 100, SETTINGS))
+    seen = failed(verify(str(copy), None, 100, MACHINE))
     assert seen == {"letters: chunks": "5 of 9 chunks whole, 4 not computed yet"}
 
 
 def test_repair_wants_the_pixels_and_the_device_that_were_there(copy):
     chunk_of(copy, 1, 2).unlink()
-    seen = failed(verify(str(copy), None, 8, replace(SETTINGS, loader="torchvision"), repair=True))
+    seen = failed(verify(str(copy), None, 8, replace(MACHINE, loader="torchvision"), repair=True))
     assert "decode differently" in seen["letters: repair"]
     rewrite_record(copy, lambda record: record["teachers"]["letters"].update(device="cuda"))
-    seen = failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    seen = failed(verify(str(copy), None, 8, MACHINE, repair=True))
     assert "was computed on cuda: repair it with --device cuda" in seen["letters: repair"]
     assert not chunk_of(copy, 1, 2).exists()
 
@@ -154,8 +154,8 @@ def test_repair_wants_the_pixels_and_the_device_that_were_there(copy):
 def test_a_damaged_view_is_named_and_repaired(copy, store_path, name):
     [file] = [file for file in (copy / name / "c" / "1").rglob("*") if file.is_file()]
     file.write_bytes(b"?" + file.read_bytes()[1:])
-    assert "damaged" in failed(verify(str(copy), None, 0, SETTINGS))["views"]
-    assert not failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    assert "damaged" in failed(verify(str(copy), None, 0, MACHINE))["views"]
+    assert not failed(verify(str(copy), None, 8, MACHINE, repair=True))
     assert tree(copy) == tree(store_path)
 
 
@@ -164,8 +164,8 @@ def test_damaged_image_columns_are_named_and_repaired(copy, store_path, part):
     for file in (copy / part / "c").rglob("*"):
         if file.is_file():
             file.unlink()
-    assert "missing or damaged" in failed(verify(str(copy), None, 0, SETTINGS))["images"]
-    assert not failed(verify(str(copy), None, 0, SETTINGS, repair=True))
+    assert "missing or damaged" in failed(verify(str(copy), None, 0, MACHINE))["images"]
+    assert not failed(verify(str(copy), None, 0, MACHINE, repair=True))
     assert tree(copy) == tree(store_path)
 
 
@@ -173,14 +173,14 @@ def test_damaged_image_columns_are_named_and_repaired(copy, store_path, part):
 def test_damaged_weights_are_named_and_written_anew(copy, store_path, proxy, teachers, way):
     from conftest import RECIPE
 
-    from fastcon.precompute import precompute
+    from fastcon.distill.precompute import precompute
 
     (copy / "teachers" / "general" / "weights" / "c" / "0").unlink()
-    assert "general: weights" in failed(verify(str(copy), None, 0, SETTINGS))
+    assert "general: weights" in failed(verify(str(copy), None, 0, MACHINE))
     if way == "precompute":
-        precompute(str(copy), proxy, teachers, RECIPE, 2, SETTINGS)
+        precompute(str(copy), proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     else:
-        assert not failed(verify(str(copy), None, 0, SETTINGS, repair=True))
+        assert not failed(verify(str(copy), None, 0, MACHINE, repair=True))
     assert tree(copy) == tree(store_path)
 
 
@@ -196,9 +196,9 @@ def test_a_growth_that_goes_on_or_was_cut_off_is_no_damage(copy, proxy):
     for name in ("order", "boxes", "flips", "teachers/letters/logits", "teachers/letters/checksums"):
         array = group[name]
         array.resize((3, *array.shape[1:]))
-    assert not failed(verify(str(copy), None, 8, SETTINGS))
+    assert not failed(verify(str(copy), None, 8, MACHINE))
     group["boxes"].resize((3, 150, 5))
-    assert "boxes" in failed(verify(str(copy), None, 0, SETTINGS))["metadata"]
+    assert "boxes" in failed(verify(str(copy), None, 0, MACHINE))["metadata"]
 
 
 def test_a_teacher_that_cannot_be_mended_hides_no_other(copy, store_path, tmp_path):
@@ -209,7 +209,7 @@ def test_a_teacher_that_cannot_be_mended_hides_no_other(copy, store_path, tmp_pa
     spoil("general")
     spoil("letters")
     rewrite_record(copy, lambda record: record["teachers"]["general"].update(device="cuda"))
-    seen = failed(verify(str(copy), None, 8, SETTINGS, repair=True))
+    seen = failed(verify(str(copy), None, 8, MACHINE, repair=True))
     assert list(seen) == ["general: repair", "general: chunks"]
     assert "was computed on cuda" in seen["general: repair"]
     assert not any(name.startswith("letters") for name in seen)

@@ -6,6 +6,7 @@ command, commit, hardware and versions beside them.
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import statistics
@@ -17,7 +18,11 @@ from typing import Any
 
 import torch
 
-from fastcon import run
+from fastcon.cores import cores
+from fastcon.errors import UsageError
+from fastcon.files import write_json
+from fastcon.machine import choose_device
+from fastcon.run import versions
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -29,14 +34,45 @@ def record(rows: list[Row]) -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    cores = len(os.sched_getaffinity(0))
     return {
         "command": " ".join(["fastcon", *(os.path.basename(part) for part in sys.argv[1:])]),  # no places of a machine
         "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": _cpu(), "cores": cores, "machine": platform.machine(), **gpu},
-        "versions": run.versions(),
+        "hardware": {"cpu": _cpu(), "cores": cores(), "machine": platform.machine(), **gpu},
+        "versions": versions(),
         "rows": rows,
     }
+
+
+TAKES = {
+    "images": ("loader", "train", "probe"),
+    "backbone": ("probe",),
+    "store": ("store",),
+    "device": ("kernel", "loader", "train", "probe"),
+}
+"""Which benchmarks take an option."""
+
+
+def run(what: str, say: Say, given: dict[str, Any]) -> list[Row]:
+    """Run a benchmark by name with the options given to it. Raises UsageError for one that is not its own."""
+    for name in given:
+        if what not in TAKES[name]:
+            raise UsageError(f"`{name}` is for {', '.join(TAKES[name])}, not for bench {what}")
+    if what == "probe" and ("images" in given) != ("backbone" in given):
+        raise UsageError("bench probe takes `images` and `backbone` together: features of one by the other")
+    options = dict(given)
+    if "store" in options:
+        options["logits_of"] = options.pop("store")
+    if what in TAKES["device"]:
+        options["device"] = choose_device(options.get("device", "auto"))
+    return importlib.import_module(f"fastcon.bench.{what}").bench(say, **options)
+
+
+def keep(what: str, rows: list[Row]) -> None:
+    """Write the record of a benchmark to benchmarks/results, where fastcon runs from a checkout."""
+    folder = results_folder()
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{what}-{rows[0]['device']}.json", record(rows))
 
 
 def results_folder() -> Path | None:

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon import bake, precompute, store
-from fastcon.codec import codec
-from fastcon.manifest import Manifest, index
-from fastcon.pipeline import Options
-from fastcon.store import Recipe
+from fastcon.data import rendered
+from fastcon.data.manifest import Manifest, index
+from fastcon.machine import Machine
+from fastcon.store import bake
+from fastcon.store.codec import codec
+from fastcon.store.format import Recipe, TeacherRecord
+from fastcon.store.pixels import decode_samples
+from fastcon.store.writer import open_for_writing, set_samples
 
 RENDERED = 256
 """Different photos that are rendered at most."""
@@ -27,13 +30,11 @@ def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Pat
     """
     from PIL import Image
 
-    from fastcon import render
-
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = list(render.DOMAINS)
+    kinds = list(rendered.DOMAINS)
     for k in range(count):
         random = np.random.default_rng(k)
-        drawn = render.make(kinds[k % len(kinds)], k, 0).resize((width, height), Image.Resampling.BICUBIC)
+        drawn = rendered.make(kinds[k % len(kinds)], k, 0).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(drawn, dtype=np.float32)
         for scale, strength in ((1, 6), (4, 12), (16, 25)):
             small = random.normal(0, strength, (height // scale + 1, width // scale + 1))
@@ -67,20 +68,18 @@ def store_of(
     recipe: Recipe,
     views: int,
     widths: list[int],
-    options: Options,
+    machine: Machine,
     kind: str = "float16",
 ) -> Path:
     """A finished store whose teachers are normal random logits of these widths."""
-    settings = precompute.Settings(options.batch_size, options.device, options.loader, options.threads, logits=kind)
-    with store.open_for_writing(str(path), manifest, recipe, views, {}) as writer:
+    with open_for_writing(str(path), manifest, recipe, views, {}) as writer:
         if recipe.bake is not None:
-            bake.bake(writer, manifest, bake.missing(writer, views), settings)
-        store.set_samples(writer, precompute.decode_samples(writer, manifest, settings))
+            bake.bake(writer, manifest, bake.missing(writer, views), machine)
+        set_samples(writer, decode_samples(writer, manifest, machine))
         for number, width in enumerate(widths):
             name = f"teacher-{number}"
-            classes = [str(k) for k in range(width)]
-            record = {"role": "teacher", "classes": classes, "kind": "softmax", "logits": kind, "weights": name}
-            writer.add_teacher(name, record, None)
+            classes = tuple(str(k) for k in range(width))
+            writer.add_teacher(name, TeacherRecord("teacher", weights=name, classes=classes, logits=kind), None)
             random = torch.Generator().manual_seed(number)
             for view in range(views):
                 for chunk in range(writer.chunks):

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastcon import objective
 from fastcon.bench import Row, Say, compared, interleave
+from fastcon.distill import loss as objective
 from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
 
 T = TypeVar("T")

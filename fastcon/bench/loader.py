@@ -14,10 +14,13 @@ import torch
 
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import image_files, store_of
-from fastcon.loader import Loader
-from fastcon.manifest import index
-from fastcon.pipeline import Options
-from fastcon.store import Recipe, Store
+from fastcon.data.decode import decode
+from fastcon.data.manifest import index
+from fastcon.distill.loader import Loader
+from fastcon.machine import Machine
+from fastcon.store.format import Recipe
+from fastcon.store.reader import Store
+from fastcon.store.replay import Replay
 
 SIDE, BATCH, CLASSES, QUALITY = 224, 64, 1500, 90
 
@@ -41,9 +44,9 @@ def bench(
         folder = Path(scratch)
         files = image_files(images, folder, count, *size)
         manifest = index([str(folder / "photos")], trust=True)
-        options, teachers = Options(BATCH, device), [CLASSES - CLASSES // 3, CLASSES // 3]
-        plain = store_of(folder / "store", manifest, Recipe(size=SIDE), views, teachers, options)
-        baked = store_of(folder / "baked", manifest, Recipe(size=SIDE, bake=QUALITY), views, teachers, options)
+        machine, teachers = Machine(str(device)), [CLASSES - CLASSES // 3, CLASSES // 3]
+        plain = store_of(folder / "store", manifest, Recipe(size=SIDE), views, teachers, machine)
+        baked = store_of(folder / "baked", manifest, Recipe(size=SIDE, bake=QUALITY), views, teachers, machine)
         bytes_a_view = sum(f.stat().st_size for f in baked.rglob("*.tar")) / (len(manifest) * views)
         cores = len(os.sched_getaffinity(0))
         variants = {
@@ -98,13 +101,10 @@ def _ours(path: Path, device: torch.device, epochs: int) -> Iterable[Any]:
 
 def _pixels(path: Path, device: torch.device, views: int) -> Iterable[Any]:
     """The loader's decoding alone."""
-    from fastcon import pipeline
-    from fastcon.replay import Replay
-
     loader = Loader(str(path), batch_size=BATCH, epochs=views, device=device)
     replay = Replay(loader.store, loader.manifest)
-    requests = (replay.request(number, rows) for number, rows in loader._rows([(view, 0) for view in range(views)]))
-    for pixels in pipeline.decode(replay.images, requests, [SIDE], Options(BATCH, device)):
+    requests = (replay.request(view, rows) for view in range(views) for rows in loader.schedule.epoch(view))
+    for pixels in decode(replay.images, requests, [SIDE], BATCH, loader.machine):
         yield pixels[SIDE]
 
 

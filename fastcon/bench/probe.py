@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon import features, models, probe, splits
 from fastcon.bench import Row, Say
-from fastcon.manifest import index
-from fastcon.precompute import Settings
-from fastcon.run import task_name
-from fastcon.solvers import LinearSVM
+from fastcon.data import splits
+from fastcon.data.manifest import index
+from fastcon.machine import Machine
+from fastcon.models.load import load
+from fastcon.transfer import features
+from fastcon.transfer.few_shot import C_GRID, few_shot
+from fastcon.transfer.solvers import LinearSVM, cuml_model
 
 FOLDS, SHOTS = 5, 5
 
@@ -57,9 +59,7 @@ def bench(
     in the span of the training rows; objectives on 30 of its problems. On a GPU, where cuML is installed, its too.
     """
     if device.type == "cuda":  # contexts and libraries are loaded on first use
-        probe.few_shot(
-            *features_like_resnets(4, 10, 64), *features_like_resnets(4, 5, 64), trials=1, device=str(device)
-        )
+        few_shot(*features_like_resnets(4, 10, 64), *features_like_resnets(4, 5, 64), trials=1, device=str(device))
     x, y = features_like_resnets(classes, 10, width)
     test_x, test_y = features_like_resnets(classes, -(-test_images // classes), width, seed=1)
     rows = [
@@ -68,7 +68,7 @@ def bench(
     ]
     for source in images if backbone else ():
         real = _real(source, str(backbone), device)
-        name = f"probe_vs_sklearn, d-split of {task_name([source])}"
+        name = f"probe_vs_sklearn, d-split of {splits.task_name([source])}"
         rows.append(_against_sklearn(name, *real, trials, device, say))
     return rows + _agreement(device, say)
 
@@ -76,17 +76,17 @@ def bench(
 def _against_sklearn(
     name: str, x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, trials: int, device: torch.device, say: Say
 ) -> Row:
-    fits = trials * (FOLDS * len(probe.C_GRID) + 1)
+    fits = trials * (FOLDS * len(C_GRID) + 1)
     started = time.perf_counter()
-    ours = probe.few_shot(x, y, test_x, test_y, trials=trials, device=str(device))
+    ours = few_shot(x, y, test_x, test_y, trials=trials, device=str(device))
     seconds = time.perf_counter() - started
     say(f"{name}: ours {seconds:.1f} s, accuracy {ours.mean:.2%}")
     compared = _same_fits(x, y, test_x, test_y, say)
-    theirs = compared.pop("seconds") * fits / len(probe.C_GRID)
+    theirs = compared.pop("seconds") * fits / len(C_GRID)
     return _row(name, seconds, theirs, "s", trials, device) | {
         "case": f"{y.max() + 1} classes x {SHOTS} shots x {x.shape[1]} features of norm {np.linalg.norm(x, axis=1).mean():.0f}, "
         f"{len(test_y)} test rows",
-        "theirs_is": f"extrapolated from {len(probe.C_GRID)} of {fits:,} fits",
+        "theirs_is": f"extrapolated from {len(C_GRID)} of {fits:,} fits",
         "accuracy": ours.mean,
         "largest_duality_gap": max(gap for gap in ours.gaps if gap is not None),
         **compared,
@@ -95,9 +95,8 @@ def _against_sklearn(
 
 def _real(images: str, backbone: str, device: torch.device) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Features and labels, for training and for testing, of the d-split of labelled images."""
-    settings = Settings(device=device)
-    model, manifest = models.load(backbone).on(device), index([images])
-    found = features.features(model, manifest, settings)
+    model, manifest = load(backbone).on(device), index([images])
+    found = features.features(model, manifest, Machine(str(device)))
     train, test = splits.labelled(manifest, None, 0.5, "d", 0)
     return found[train.indices], train.labels, found[test.indices], test.labels
 
@@ -114,7 +113,7 @@ def _same_fits(x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, say: Sa
     inside = splits.fold_of(draw.astype(np.uint64), y[draw], FOLDS, 0, 0) != 0
     rows, labels = x[draw][inside], y[draw][inside]
     total, excess, accuracies = 0.0, 0.0, []
-    for cost in probe.C_GRID:
+    for cost in C_GRID:
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it often stops at max_iter: that is its default, and so its time
@@ -151,7 +150,7 @@ def _agreement(device: torch.device, say: Say, trials: int = 20) -> list[Row]:
     results, seconds = {}, {}
     for solver in ("batched", *libraries):
         started = time.perf_counter()
-        results[solver] = probe.few_shot(x, y, test_x, test_y, trials=trials, solver=solver, device=str(device))
+        results[solver] = few_shot(x, y, test_x, test_y, trials=trials, solver=solver, device=str(device))
         seconds[solver] = time.perf_counter() - started
     rows = []
     for library in libraries:
@@ -175,14 +174,12 @@ def _objectives(x: NDArray, y: NDArray, library: str, count: int) -> Iterator[tu
     """Objective reached by ours and by a library (scikit-learn: tol 1e-8) on sampled problems: a draw, a class and a C each."""
     from sklearn.svm import LinearSVC
 
-    from fastcon.solvers import cuml_model
-
     random = np.random.default_rng(0)
     for trial in range(count):
         draw = splits.draw(np.arange(len(y), dtype=np.uint64), y, SHOTS, 0, trial)
         rows = x[draw].astype(np.float64) @ np.linalg.qr(x[draw].astype(np.float64).T)[0]
         own = np.where(y[draw] == random.integers(y.max() + 1), 1, -1)
-        cost = float(random.choice(probe.C_GRID))
+        cost = float(random.choice(C_GRID))
         exact = LinearSVC(C=cost, dual=True, tol=1e-8, max_iter=1_000_000)
         theirs = (exact if library == "sklearn" else cuml_model(cost)).fit(rows, own)
         yield _objective(LinearSVM(cost).fit(rows, own), rows, own, cost), _objective(theirs, rows, own, cost)

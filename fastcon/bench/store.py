@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcon import store as stores
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import manifest_of
-from fastcon.codec import codec
-from fastcon.loader import Schedule, _ChunkCache
-from fastcon.store import Recipe, Store
+from fastcon.distill.loader import LogitCache, Schedule
+from fastcon.store.codec import codec
+from fastcon.store.format import Recipe, TeacherRecord
+from fastcon.store.reader import Store
+from fastcon.store.writer import open_for_writing
 
 CODECS = ("float16", "uint8", "top10", "top100")
 
@@ -32,10 +33,10 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "store"
         manifest = manifest_of(rows)
-        with stores.open_for_writing(str(path), manifest, Recipe(size=64), 1, {}) as writer:
+        with open_for_writing(str(path), manifest, Recipe(size=64), 1, {}) as writer:
             for kind in CODECS[:2]:
-                described = [str(k) for k in range(classes)]
-                record = {"role": "teacher", "classes": described, "kind": "softmax", "logits": kind, "weights": kind}
+                described = tuple(str(k) for k in range(classes))
+                record = TeacherRecord("teacher", weights=kind, classes=described, logits=kind)
                 writer.add_teacher(kind, record, None)
                 for chunk in range(writer.chunks):
                     start, stop = writer.chunk_range(chunk)
@@ -52,7 +53,7 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
     files = [
         path / "teachers" / kind / part / f"c/0/{chunk}/0"
         for chunk in range(store.chunks)
-        for part in store.codec(kind).parts(len(store.teachers[kind]["classes"]))
+        for part in store.codec(kind).parts(len(store.teachers[kind].classes))
     ]
     buffer = bytearray(max(file.stat().st_size for file in files))
 
@@ -67,7 +68,7 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
 
     def batches() -> None:
         schedule = Schedule(store.rows, 1, store.recipe.chunk_rows, 256, 8, 0)
-        cache = _ChunkCache(store, [kind], keep=16)
+        cache = LogitCache(store, [kind], keep=16)
         for rows in schedule.epoch(0):
             cache.stacked(0, rows)
 
@@ -80,7 +81,7 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
         return run
 
     seen = interleave({"raw": rate(raw), "chunks": rate(chunks), "batches": rate(batches)}, rounds)
-    case = {"case": f"{kind}, {len(store.teachers[kind]['classes'])} classes"}
+    case = {"case": f"{kind}, {len(store.teachers[kind].classes)} classes"}
     rows = [
         compared("store_read", seen["chunks"], seen["raw"], "rows/s", "cpu", **case),
         compared("store_read, in batches of 256", seen["batches"], seen["raw"], "rows/s", "cpu", **case),
@@ -93,7 +94,7 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
 def _real_logits(path: str) -> dict[str, torch.Tensor]:
     """The first view of every teacher of a store that keeps floats, at most 16 chunks of it."""
     store = Store(path)
-    kept = [name for name in store.teachers if store.teachers[name]["logits"] in ("float16", "float32")]
+    kept = [name for name in store.teachers if store.teachers[name].logits in ("float16", "float32")]
     found = {}
     for name in kept:
         chunks = [store.logits(name, 0, chunk) for chunk in range(min(store.chunks, 16))]

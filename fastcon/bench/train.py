@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcon import models, objective, pipeline, precompute
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import image_files, store_of
-from fastcon.loader import Loader
-from fastcon.manifest import index
-from fastcon.models import Classifier
-from fastcon.replay import Replay
-from fastcon.store import Recipe
-from fastcon.train import make_optimizer
+from fastcon.data.decode import decode
+from fastcon.data.manifest import index
+from fastcon.distill import precompute
+from fastcon.distill.loader import Loader
+from fastcon.distill.loss import loss
+from fastcon.machine import Machine, choose_precision, precision_context
+from fastcon.models.classifier import Classifier
+from fastcon.models.load import load
+from fastcon.store.format import Recipe
+from fastcon.store.replay import Replay
+from fastcon.training import compiled, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +61,12 @@ def bench(
         folder = Path(scratch)
         image_files(images, folder, scale.images, *scale.pixels)
         manifest = index([str(folder / "photos")], trust=True)
-        options = pipeline.Options(scale.batch, device)
         recipe = Recipe(size=scale.size)
         case = f"{scale.architecture[12:]}, {scale.size} px"
         rows = [_precompute(folder, manifest, recipe, scale, device, rounds, case)]
         say(_line(rows[-1]))
         for count in (2, 4):
-            path = store_of(folder / f"store-{count}", manifest, recipe, 1, [CLASSES] * count, options)
+            path = store_of(folder / f"store-{count}", manifest, recipe, 1, [CLASSES] * count, Machine(str(device)))
             found = _train(path, scale, device, count, rounds, case)
             rows += found[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
             for row in found[count > 2 :]:
@@ -81,15 +84,14 @@ def _line(row: Row) -> str:
 def _network(scale: Scale, device: torch.device, number: int = 0) -> Classifier:
     torch.manual_seed(number)
     classes = [str(k) for k in range(CLASSES)]
-    return models.load(f"{scale.architecture}?size={scale.size}", classes=classes).on(device)
+    return load(f"{scale.architecture}?size={scale.size}", classes=classes).on(device)
 
 
 def _precompute(
     folder: Path, manifest: Any, recipe: Recipe, scale: Scale, device: torch.device, rounds: int, case: str
 ) -> Row:
     """The whole stage into a new store, from its first batch on, against the teachers on a batch in memory."""
-    used = models.choose_precision("auto", device, training=False)
-    settings = precompute.Settings(128, device, precision=used)
+    machine = Machine(str(device)).settled(training=False)
     teachers = [
         precompute.Teacher(f"teacher-{k}", "none", _network(scale, device, k).eval()) for k in range(scale.teachers)
     ]
@@ -106,8 +108,8 @@ def _precompute(
             teachers,
             recipe,
             1,
-            settings,
-            lambda done, _: times.append((time.perf_counter(), done)),
+            machine,
+            progress=lambda done, _: times.append((time.perf_counter(), done)),
         )
         (start, before), (stop, after) = times[0], times[-1]
         return (after - before) / (stop - start)
@@ -116,26 +118,24 @@ def _precompute(
         started = time.perf_counter()
         for _ in range(len(manifest) // 128 - 1):
             for teacher in teachers:
-                precompute.run_teacher(teacher.model, batch, settings)
+                precompute.run_teacher(teacher.model, batch, machine, "float16")
         return 128 * (len(manifest) // 128 - 1) / (time.perf_counter() - started)
 
     seen = interleave({"ours": ours, "alone": alone}, rounds)
-    what = f"{case}, {scale.teachers} teacher{'s' * (scale.teachers > 1)}, {used}"
+    what = f"{case}, {scale.teachers} teacher{'s' * (scale.teachers > 1)}, {machine.precision}"
     return compared("precompute", seen["ours"], seen["alone"], "img/s", device.type, case=what)
 
 
 def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: int, case: str) -> list[Row]:
-    used = models.choose_precision("auto", device, training=True)
+    used = choose_precision("auto", device, training=True)
     loader = Loader(str(path), batch_size=scale.batch, epochs=1_000_000, device=device)
     step = _step(loader, scale, device, used)
     teachers = [_network(scale, device, k).eval() for k in range(count)]
-    teaching = precompute.Settings(
-        scale.batch, device, precision=models.choose_precision("auto", device, training=False)
-    )
+    teaching = Machine(str(device)).settled(training=False)
 
     @torch.inference_mode()
     def teach(pixels: Tensor) -> Tensor:
-        with models.precision_context(teaching.precision, device):
+        with teaching.autocast():
             return torch.cat([teacher(pixels) for teacher in teachers], 1)
 
     stream = iter(loader)
@@ -143,9 +143,9 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
 
     def decoded() -> Iterator[Tensor]:
         replay = Replay(loader.store, loader.manifest)
-        plan = [(epoch, 0) for epoch in range(1_000_000)]
-        requests = (replay.request(number, rows) for number, rows in loader._rows(plan))
-        for pixels in pipeline.decode(replay.images, requests, [scale.size], loader._options):
+        epochs = ((epoch % loader.views, loader.schedule.epoch(epoch)) for epoch in itertools.count())
+        requests = (replay.request(view, rows) for view, batches in epochs for rows in batches)
+        for pixels in decode(replay.images, requests, [scale.size], scale.batch, loader.machine):
             yield pixels[scale.size]
 
     def offline() -> None:
@@ -191,13 +191,13 @@ def _step(
     student.replace_heads(loader.heads, keep={}, seed=0)
     student.train()
     optimizer = make_optimizer(student, 0.001, 0.01, 0.9, 1e-4)
-    forward = models.compiled(student, compile)
+    forward = compiled(student, compile)
 
     def step(pixels: Tensor, logits: Any) -> None:
-        with models.precision_context(precision, device):
+        with precision_context(precision, device):
             out = forward(pixels)
         optimizer.zero_grad(set_to_none=True)
-        objective.loss(out, logits, loader.segments).total.backward()
+        loss(out, logits, loader.segments).total.backward()
         optimizer.step()
 
     return step
@@ -220,7 +220,7 @@ def _timed(work: Callable[[], Any], scale: Scale, device: torch.device) -> Calla
 
 def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case: str, say: Say) -> Iterator[Row]:
     """Steps on a batch in memory as --compile makes them, against the same without; on a GPU at the paper's batch, too."""
-    used = models.choose_precision("auto", device, training=True)
+    used = choose_precision("auto", device, training=True)
     modes = ("default", "graphs") if device.type == "cuda" else ("default",)
     for batch in sorted({scale.batch, PAPERS_BATCH}):
         scale = dataclasses.replace(scale, batch=batch)

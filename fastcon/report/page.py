@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcon.checkpoint import write_atomically
 from fastcon.errors import FastconError
+from fastcon.files import write_atomically
 from fastcon.report import figures, sheet, tables
 from fastcon.report.results import RELATED, Results, Table, read
 from fastcon.report.tally import Line, tally

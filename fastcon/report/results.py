@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fastcon.data.splits import MULTI_LABEL_SHOTS, SHOTS
 from fastcon.errors import FastconError
-from fastcon.run import Waits, origin
-from fastcon.splits import MULTI_LABEL_SHOTS, SHOTS
+from fastcon.models.origin import origin
+from fastcon.run import Waits
 
 METHODS = ("generalist", "soft-label", "teacher", "traditional", "consolidated")
 RELATED = {"iFood": {"Food101"}, "iNaturalist": {"Flowers", "Birds"}, "CUB": {"Birds"}}

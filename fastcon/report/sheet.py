@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcon.store import Store
+from fastcon.store.reader import Store
 
 SHOWN, TOP, TEMPERATURE = 24, 3, 2.0
 
@@ -38,10 +38,8 @@ def _says(store: Store, name: str, row: int) -> str:
     teacher = store.teachers[name]
     if not store.done(name)[0, chunk]:
         return f"<b>{html.escape(name)}</b>: not computed yet"
-    classes, probabilities = top(store.logits(name, 0, chunk)[inside], teacher["kind"])
-    words = ", ".join(
-        f"{html.escape(teacher['classes'][c])} {p:.0%}" for c, p in zip(classes, probabilities, strict=True)
-    )
+    classes, probabilities = top(store.logits(name, 0, chunk)[inside], teacher.kind)
+    words = ", ".join(f"{html.escape(teacher.classes[c])} {p:.0%}" for c, p in zip(classes, probabilities, strict=True))
     return f"<b>{html.escape(name)}</b>: {words}"
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from fastcon import datasets, models
+from fastcon.data import datasets
+from fastcon.data.sources import read
 from fastcon.errors import FastconError
-from fastcon.sources import read
+from fastcon.machine import choose_precision, precision_context
+from fastcon.models.load import load
 from fastcon.study.plan import Job, Study
 
 BATCH = 32
@@ -98,17 +100,17 @@ def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None
     architecture, _, query = spec.partition("?")
     found = re.search(r"size=(\d+)", query)
     side = int(found[1]) if found else size
-    model = models.load(f"{architecture.partition('@')[0]}?size={side}").on(device)
+    model = load(f"{architecture.partition('@')[0]}?size={side}").on(device)
     say(f"measuring {architecture} at {side} px on {device} …")
     pixels = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
-    training = models.choose_precision("auto", device, training=True)
+    training = choose_precision("auto", device, training=True)
 
     def ahead() -> None:
-        with torch.inference_mode(), models.precision_context(training, device):
+        with torch.inference_mode(), precision_context(training, device):
             model.eval()(pixels)
 
     def step() -> None:
-        with models.precision_context(training, device):
+        with precision_context(training, device):
             loss = model.train()(pixels).square().mean()
         loss.backward()
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcon.checkpoint import write_atomically
 from fastcon.errors import FastconError, Interrupted, optional_import
+from fastcon.files import write_atomically
 from fastcon.run import stop_signals
 from fastcon.study.plan import Job, Study
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from fastcon import datasets
+from fastcon.data import datasets
+from fastcon.distill.options import METHODS
 from fastcon.errors import FastconError
-from fastcon.objective import METHODS
-from fastcon.run import origin
+from fastcon.models.origin import origin
 
 PAPER = Path(__file__).parent / "paper"
 KEYS = {
@@ -65,6 +65,12 @@ class Study:
     images: dict[str, tuple[list[str], float]]
     """Set of images ("cars196:t train") → its sources, and the share of them that takes part; without sources: how many."""
     size: int
+
+    @property
+    def missing_data(self) -> str | None:
+        """A data set whose folder was not given, if there is one."""
+        words = (word for job in self.jobs for word in job.command)
+        return next((word.partition("?")[0] for word in words if word.startswith("data:") and "=DATA/" in word), None)
 
 
 def shipped() -> dict[str, str]:
@@ -566,7 +572,7 @@ def _flags(options: dict[str, Any]) -> list[str]:
 
 
 def _parse_split(text: str, study: str) -> tuple[str | None, int, int]:
-    from fastcon.splits import parse_split
+    from fastcon.data.splits import parse_split
 
     try:
         return parse_split(text)

@@ -1,0 +1,192 @@
+"""precompute, train, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from fastcon.cli.group import main
+from fastcon.cli.options import NamedModel, common, dry_run, group
+from fastcon.cli.output import Bar, finish, in_bytes, in_time, indexer, note
+from fastcon.data.options import Indexing
+from fastcon.distill.options import PrecomputeOptions, TrainOptions, Upkeep
+from fastcon.errors import FastconError, UsageError
+from fastcon.machine import Machine
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--store", required=True, help="Folder (or s3:// URL) of the store.")
+@click.option("--views", type=click.IntRange(1), required=True, help="Augmented views of every image.")
+@click.option("--generalist", type=NamedModel(), default=None, help="The generalist: the student starts from it.")
+@click.option("--teacher", "teachers", type=NamedModel(), multiple=True, help="A task-specific teacher (repeatable).")
+@group("options", PrecomputeOptions)
+@group("machine", Machine)
+@group("indexing", Indexing)
+@dry_run
+@common
+def precompute(
+    images: tuple[str, ...],
+    store: str,
+    views: int,
+    generalist: tuple[str, str] | None,
+    teachers: tuple[tuple[str, str], ...],
+    options: PrecomputeOptions,
+    machine: Machine,
+    indexing: Indexing,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Run every teacher once over augmented views of IMAGES and store its logits.
+
+    Running it again resumes; more --views or another --teacher compute just those.
+
+    \b
+    fastcon precompute proxy/ --store store --views 4 --generalist imagenet=torchvision:resnet50@IMAGENET1K_V2 \\
+        --teacher birds=runs/birds
+    """
+    if generalist is None and not teachers:
+        raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+    from fastcon.distill import precompute as stage
+    from fastcon.store.reader import Store, bytes_on_disk
+
+    loaded = stage.load_teachers(generalist, teachers, options.size)
+    manifest = indexer(indexing)(images)
+    rows = len(manifest) * views
+    classes = ", ".join(f"{teacher.name} ({len(teacher.model.heads[0].classes)} classes)" for teacher in loaded)
+    note(f"{len(manifest):,} images x {views} views = {rows:,} rows; {classes}")
+    if generalist is None and not _has_generalist(store):
+        note(
+            "no generalist: the paper found (Table 4) that students without one lose on unrelated tasks what they gain "
+            "on the related; --generalist can be added to this store later"
+        )
+    if dry_run:
+        cost = stage.estimate(manifest, loaded, options, views, machine)
+        size, rate, seconds = in_bytes(cost["bytes"]), cost["rows_per_second"], in_time(cost["seconds"])
+        finish(cost, json_file, f"would store {size} in about {seconds} ({rate:,.0f} rows/s here)")
+        return
+    bar = Bar("precompute", "rows")
+    done = stage.precompute(
+        store, manifest, loaded, options.recipe, views, machine, options.batch_size, options.logits, bar
+    )
+    bar.close()
+    result = {
+        "store": store,
+        "images": len(manifest),
+        "views": Store(store).views,
+        "rows_computed": done,
+        "seconds": bar.seconds,
+        "rejects": manifest.rejects,
+    }
+    text = f"{done:,} rows computed in {in_time(bar.seconds)}" if done else "every row is there: nothing to do"
+    finish(result, json_file, f"{store}: {text}; {in_bytes(bytes_on_disk(store))} on disk")
+
+
+def _has_generalist(path: str) -> bool:
+    from fastcon.store.reader import Store
+
+    try:
+        return Store(path).generalist is not None
+    except FastconError:
+        return False
+
+
+@main.command()
+@click.option("--store", required=True, help="The store that precompute made.")
+@click.option("--out", required=True, help="Folder of the run.")
+@click.option("--images", multiple=True, help="Where the images are now (default: where they were).")
+@group("options", TrainOptions)
+@group("upkeep", Upkeep)
+@group("machine", Machine)
+@group("indexing", Indexing)
+@dry_run
+@common
+def train(
+    store: str,
+    out: str,
+    images: tuple[str, ...],
+    options: TrainOptions,
+    upkeep: Upkeep,
+    machine: Machine,
+    indexing: Indexing,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Train a student on the stored logits of all teachers. Running it again resumes.
+
+    \b
+    fastcon train --store store --out runs/student
+    fastcon train --store store --out runs/related --balance 1:3 --epochs 10
+    """
+    from fastcon.distill import train as stage
+    from fastcon.info import diagnosis_of
+    from fastcon.store.reader import Store
+
+    opened = Store(store)
+    if dry_run:
+        cost = stage.estimate(opened, options)
+        heads = ", ".join(f"{name} (weight {value:.3g})" for name, value in cost["weights"].items())
+        read = in_bytes(cost["logit_bytes_read"])
+        finish(
+            cost,
+            json_file,
+            f"would train {cost['steps']:,} steps of {options.batch_size}, reading {read} of logits: {heads}",
+        )
+        return
+    baked = opened.recipe.bake is not None and not images and not options.labels
+    manifest = None if baked else indexer(indexing)(images or opened.record.images.sources)
+    bar = Bar("train", "steps")
+    row = stage.train(store, out, options, machine, upkeep, manifest, say=note, progress=bar)
+    bar.close()
+    heads = "; ".join(f"{name}: {_values(head)}" for name, head in row["heads"].items())
+    finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads})")
+    if bar.seconds > upkeep.advise_seconds:
+        for line in diagnosis_of(out):
+            note(line)
+
+
+def _values(head: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in head.items())
+
+
+@main.command()
+@click.argument("store")
+@click.option(
+    "--rows", type=click.IntRange(0), default=256, show_default=True, help="Rows per teacher to compute again."
+)
+@click.option("--images", multiple=True, help="Where the images are now (default: where they were).")
+@click.option("--repair", is_flag=True, help="Compute damaged chunks again.")
+@group("machine", Machine, leave=("precision",))
+@group("indexing", Indexing)
+@common
+def verify(
+    store: str,
+    rows: int,
+    images: tuple[str, ...],
+    repair: bool,
+    machine: Machine,
+    indexing: Indexing,
+    json_file: str | None,
+) -> None:
+    """Check a STORE: checksums, digests and recipe in full, and a sample of rows computed again.
+
+    \b
+    fastcon verify store --rows 1000
+    """
+    from fastcon.distill.verify import verify as stage
+    from fastcon.store.reader import Store
+
+    manifest = indexer(indexing)(images or Store(store).record.images.sources)
+    checks = stage(store, manifest, rows, machine, repair)
+    width = max(len(check.what) for check in checks)
+    for check in checks:
+        click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.what:{width}}  {check.seen}")
+    failed = [check for check in checks if not check.passed]
+    result: dict[str, Any] = {"store": store, "passed": not failed}
+    finish(result | {"checks": [dataclasses.asdict(check) for check in checks]}, json_file)
+    if failed:
+        raise FastconError(
+            f"{store}: {len(failed)} of {len(checks)} checks failed, first {failed[0].what}: {failed[0].seen}"
+        )

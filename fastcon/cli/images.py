@@ -1,0 +1,77 @@
+"""dedup, data."""
+
+from __future__ import annotations
+
+import click
+
+from fastcon.cli.group import main
+from fastcon.cli.options import common, group
+from fastcon.cli.output import Bar, finish, indexer
+from fastcon.data.options import Indexing
+
+
+@main.command()
+@click.argument("first")
+@click.argument("second", required=False)
+@click.option("--out", required=True, help="Folder for pairs.csv and sheet.png.")
+@click.option(
+    "--distance",
+    type=click.IntRange(0, 32),
+    default=10,
+    show_default=True,
+    help="Bits of 64 in which hashes may differ.",
+)
+@click.option("--threads", type=click.IntRange(1), default=None, help="Decoding threads (default: one per core).")
+@group("indexing", Indexing)
+@common
+def dedup(
+    first: str,
+    second: str | None,
+    out: str,
+    distance: int,
+    threads: int | None,
+    indexing: Indexing,
+    json_file: str | None,
+) -> None:
+    """Near-duplicate images between two IMAGES, or within one: resized, recompressed, cropped a little, brightened.
+
+    \b
+    fastcon dedup proxy/ birds/ --out duplicates
+    """
+    from fastcon.data import dedup as stage
+
+    sources = [source for source in (first, second) if source is not None]
+    sets = [indexer(indexing)((source,)) for source in sources]
+    prints = [
+        stage.fingerprints(manifest, threads, Bar(f"hash {source}", "images"))
+        for source, manifest in zip(sources, sets, strict=True)
+    ]
+    pairs = stage.near_duplicates(prints[0], prints[1] if second else None, distance, threads, Bar("compare", "images"))
+    stage.write(out, sets, prints, pairs)
+    images = " and ".join(f"{len(manifest):,}" for manifest in sets)
+    finish(
+        {"images": [len(manifest) for manifest in sets], "pairs": len(pairs)},
+        json_file,
+        f"{len(pairs)} near-duplicate pairs among {images} images: {out}/pairs.csv, {out}/sheet.png",
+    )
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["list"]))
+@common
+def data(action: str, json_file: str | None) -> None:
+    """The named data sets: what they are, where a user gets them, what must lie under `root` of data:NAME?root=….
+
+    \b
+    fastcon data list
+    """
+    from fastcon.data.published import DATASETS
+
+    shown = ("title", "classes", "parts", "train", "test", "where", "files")
+    facts = {name: {key: getattr(known, key) for key in shown} for name, known in DATASETS.items()}
+    lines = []
+    for name, known in DATASETS.items():
+        parts = ", ".join(f"{part} {count:,}" for part, count in known.parts.items())
+        lines.append(f"{name}: {known.title}; {known.classes:,} classes; images: {parts}")
+        lines += [f"    from  {known.where}", f"    files {known.files}"]
+    finish(facts, json_file, "\n".join(lines))

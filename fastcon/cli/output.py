@@ -1,0 +1,128 @@
+"""What a command prints: notes and progress on stderr, results on stdout and as JSON."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastcon.data.options import Indexing
+
+if TYPE_CHECKING:
+    from fastcon.data.manifest import Manifest
+
+
+def flags(text: str) -> str:
+    """A message in which parameters are named, as `batch_size`, with the flags of the command line instead."""
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    known = {p.name: p.opts[0] for command in group.commands.values() for p in command.params if p.opts[0][:2] == "--"}
+    return re.sub(r"`([a-z_]+)`", lambda found: known.get(found[1], found[0]), text)
+
+
+def note(line: str) -> None:
+    """A line for the user, on stderr."""
+    click.echo(f"fastcon: {flags(line)}", err=True)
+
+
+def finish(result: Any, json_file: str | None, text: str = "") -> None:
+    """Print what a command found, and write it where --json says."""
+    if Bar._open is not None:
+        Bar._open.close()
+    if text:
+        click.echo(text)
+    if json_file:
+        from fastcon.files import write_json
+
+        if isinstance(result, dict):
+            result = result | {"argv": _made_by(click.get_current_context().find_root().obj)}
+        write_json(Path(json_file), result)
+
+
+def _made_by(argv: list[str]) -> list[str]:
+    """The command without its --json FILE, so that equal commands are equal wherever their results go."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--json":
+            next(words)
+        elif not word.startswith("--json="):
+            kept.append(word)
+    return kept
+
+
+class Bar:
+    """Progress(done, total): a bar on a terminal, a plain line now and then elsewhere."""
+
+    _open: Bar | None = None
+
+    def __init__(self, what: str, unit: str) -> None:
+        if Bar._open is not None:  # a new one ends the last
+            Bar._open.close()
+        Bar._open = self
+        self._what, self._unit = what, unit
+        self._bar: Any = None
+        self._start = self._said = time.monotonic()
+        self.seconds = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, desc=self._what, unit=f" {self._unit}", leave=False)
+            self._bar.n = done
+            self._bar.update(0)
+        elif now - self._said > 20:
+            self._said = now
+            click.echo(f"{self._what}: {done:,} of {total:,} {self._unit}, {now - self._start:.0f} s", err=True)
+
+    def close(self) -> None:
+        """Take the bar from the terminal; `seconds` says how long it was there."""
+        self.seconds = time.monotonic() - self._start
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def indexer(indexing: Indexing) -> Callable[[Sequence[str]], Manifest]:
+    """Indexes IMAGES with a progress bar, and says what was left out."""
+
+    def indexed(images: Sequence[str]) -> Manifest:
+        from fastcon.data.manifest import index
+
+        bar = Bar("index", "images")
+        manifest = index(images, trust=indexing.trust_images, strict=indexing.strict, progress=bar)
+        bar.close()
+        if manifest.rejects:
+            name, reason = manifest.rejects[0]
+            note(f"{len(manifest.rejects)} images left out, first {name!r}: {reason} (`strict` refuses them)")
+        return manifest
+
+    return indexed
+
+
+def in_bytes(count: float) -> str:
+    """1,234,567 → 1.2 MB."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def in_time(seconds: float) -> str:
+    """Seconds, minutes or hours, as fits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

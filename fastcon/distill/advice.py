@@ -1,0 +1,57 @@
+"""What would make a run's steps faster here: measured on a batch of its own when it is done, not guessed."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from fastcon.cores import Cores
+from fastcon.machine import precision_context
+from fastcon.models.classifier import Classifier
+
+ROUNDS = 3
+WORTH = 1.1
+"""Times as fast, at least, that something else must be to be recommended."""
+
+
+def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -> dict[str, float]:
+    """Images a second, forward and backward, with the option of that name instead of the run's own ("" is as it ran).
+
+    pixels: a batch, uint8 [B, 3, size, size]. Changes gradients and, where they are trained, running statistics.
+    """
+    others = ["float32", "bfloat16", *(["float16"] if pixels.is_cuda else [])]
+    cases = {"": (pixels, precision)}
+    cases |= {f"--precision {other}": (pixels, other) for other in others if other != precision}
+    cases[f"--batch-size {2 * len(pixels)}"] = (torch.cat([pixels, pixels]), precision)
+    best = dict.fromkeys(cases, math.inf)
+    for round_ in range(ROUNDS + 1):
+        for name, (batch, used) in cases.items():
+            seconds = _seconds(student, batch, used, cores)
+            if round_:  # the first warms up
+                best[name] = min(best[name], seconds / len(batch))
+    return {name: 1 / seconds for name, seconds in best.items()}
+
+
+def _seconds(student: Classifier, batch: Tensor, precision: str, cores: Cores) -> float:
+    student.zero_grad(set_to_none=True)
+    with cores.turn():
+        started = time.perf_counter()
+        with precision_context(precision, batch.device):
+            logits = student(batch)
+        logits.square().mean().backward()
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+        return time.perf_counter() - started
+
+
+def say(rates: dict[str, float]) -> str:
+    """A line from what was measured."""
+    own = rates[""]
+    name, rate = max(rates.items(), key=lambda item: item[1])
+    if rate < WORTH * own:
+        tried = ", ".join(name for name in rates if name)
+        return f"nothing that was tried ({tried}) is faster than {own:.0f} images/s"
+    return f"{name}: {rate:.0f} images/s instead of {own:.0f}, as measured here"

@@ -1,0 +1,109 @@
+"""What precompute and train can be told. Importing this module imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fastcon.errors import UsageError
+from fastcon.options import Options, names, option
+
+if TYPE_CHECKING:
+    from fastcon.store.format import Recipe
+
+METHODS = ("consolidate", "traditional", "soft-label")
+"""All heads, the paper's method; the teachers' heads alone; the generalist's alone."""
+BATCH_NORMS = ("auto", "running", "batch")
+"""Which statistics batch-norms are trained on: see `models.classifier.Classifier.learn`."""
+
+
+def parse_balance(text: str) -> tuple[float, float]:
+    """ "OLD:NEW" → two positive numbers. Raises ValueError."""
+    try:
+        old, new = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError("is not OLD:NEW, as 1:3") from None
+    if not (0 < old < math.inf and 0 < new < math.inf):
+        raise ValueError("must have both sides above 0 (`method` leaves a side out)")
+    return old, new
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecomputeOptions(Options):
+    """How views are made, and how logits are computed and stored."""
+
+    seed: int = option(0, "Seed of crops, flips and order.", low=0, high=2**64 - 1)
+    size: int = option(224, "Side of the views, in pixels.", low=8, high=4096)
+    scale: tuple[float, float] = option((0.08, 1.0), "Range of the crop's area.", low=0, high=1, above=True)
+    logits: str = option("float16", "How logits are stored: float16, float32, uint8 or topK, as top32.")
+    bake: bool = option(False, "Keep every view as a JPEG in the store, to train without the photos.")
+    bake_quality: int | None = option(None, "JPEG quality of baked views (default: 90).", low=1, high=100)
+    batch_size: int = option(128, "Images per batch.", low=1)
+
+    def __post_init__(self) -> None:
+        from fastcon.store.codec import codec
+
+        super().__post_init__()
+        codec(self.logits)
+        if self.scale[0] > self.scale[1]:
+            low, high = self.scale
+            raise UsageError(f"`scale` {low} {high}: the smaller share of the area comes first")
+        if self.bake_quality and not self.bake:
+            raise UsageError("`bake_quality` says how to bake views: give `bake`, too")
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the store's views are made."""
+        from fastcon.store.format import Recipe
+
+        quality = (self.bake_quality or 90) if self.bake else None
+        return Recipe(self.seed, self.size, self.scale, bake=quality)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Options):
+    """Hyperparameters of a student; the defaults are the paper's (section 4.1)."""
+
+    student: str | None = option(None, "MODEL to start from (default: the store's generalist).")
+    method: str = option("consolidate", "All heads; the teachers' alone; the generalist's alone.", choices=METHODS)
+    heads: tuple[str, ...] = option((), "NAME,… of the teachers to use (default: all).", parse=names)
+    views: int | None = option(None, "Use the first so many views of the store (default: all).", low=1)
+    balance: tuple[float, float] = option(
+        (1.0, 1.0), "OLD:NEW weight of the generalist against the teachers.", parse=parse_balance, text="1:1"
+    )
+    temperature: float = option(2.0, "T of the softmax.", low=0, above=True)
+    labels: bool = option(False, "Add a supervised head where the proxy has classes.")
+    epochs: int = option(40, "Passes over the images.", low=1)
+    batch_size: int = option(32, "Images per step.", low=1)
+    lr_backbone: float = option(0.001, "Learning rate of the backbone.", low=0)
+    lr_heads: float = option(0.01, "Learning rate of the heads.", low=0)
+    momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
+    weight_decay: float = option(1e-4, "Weight decay.", low=0)
+    milestones: tuple[float, ...] = (0.5, 0.8)
+    """Shares of the run after which the learning rates are divided by 10."""
+    batch_norm: str = option(
+        "auto",
+        "Train on the running statistics, which stay as they are, or on each batch's; auto: running, if there are any.",
+        choices=BATCH_NORMS,
+    )
+    dropout: bool = option(False, "With dropout and stochastic depth, where the network has them.", both=True)
+    seed: int = option(0, "Seed of new heads and of the order.", low=0, high=2**64 - 1)
+    lanes: int | None = option(None, "Runs that a batch is drawn from (default: 8, 4, 2 or 1).", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Upkeep(Options):
+    """How a run is looked after, which does not change what is trained."""
+
+    compile: str = option(
+        "none",
+        "torch.compile; graphs: with CUDA graphs, for small batches on a GPU.",
+        choices=("none", "default", "graphs"),
+    )
+    exact_pixels: bool = option(False, "Refuse images that decode to any other pixel than recorded.")
+    log_every: int = option(100, "Steps between rows of metrics.jsonl.", low=1)
+    checkpoint_minutes: float = option(5.0, "Time between checkpoints.", low=0)
+    tensorboard: bool = option(False, "Write TensorBoard events too (extra).")
+    advise_seconds: float = 60.0
+    """Runs that take longer measure, when they are done, what would make their steps faster."""

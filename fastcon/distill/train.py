@@ -1,0 +1,263 @@
+"""Store + images → a student: one backbone, one head per teacher, trained on the stored logits.
+
+RUN/student.safetensors is the backbone with head 0 under torchvision's names, RUN/heads.safetensors all heads.
+Rerunning resumes from the last checkpoint; a finished run is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcon.cores import Cores
+from fastcon.data.manifest import Manifest
+from fastcon.distill import advice
+from fastcon.distill import loss as objective
+from fastcon.distill import student as students
+from fastcon.distill.loader import Batch, Loader, Schedule
+from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.tally import LABELS_HEAD, Taken, Tally
+from fastcon.errors import Interrupted, optional_import
+from fastcon.files import write_atomically
+from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
+from fastcon.machine import Machine
+from fastcon.models.classifier import choose_batch_norm
+from fastcon.models.load import RUN_HEADS, RUN_WEIGHTS
+from fastcon.run import Metrics, Run, Waits, stop_signals
+from fastcon.store.codec import TopK
+from fastcon.store.reader import Store
+from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate
+
+RESULT = RUN_WEIGHTS[0]
+
+
+def train(
+    store_path: str,
+    out: str,
+    options: TrainOptions | None = None,
+    machine: Machine | None = None,
+    upkeep: Upkeep | None = None,
+    images: list[str] | Manifest | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train a student into the folder `out` and return its last metrics. say gets notes and warnings for the user.
+
+    Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
+    """
+    machine, upkeep = (machine or Machine()).settled(training=True), upkeep or Upkeep()
+    store, options = Store(store_path), options or TrainOptions()
+    start = students.starting_network(store, options.student)
+    options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
+    names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+    config = {"command": "train", "store": _identity(store, names)}
+    config |= {**dataclasses.asdict(options), "precision": machine.precision}
+    run = Run(out, config, machine.threads)
+    if run.finished(RESULT):
+        say(f"{out} is finished: nothing to do")
+        return json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    machine = dataclasses.replace(machine, threads=run.threads)
+    loader = _loader(store, images, names, options, machine, upkeep, say)
+    begun = None
+    if newest(run.checkpoints) is None and students.starts_as_generalist(start, store):
+        begun = students.agreement(start, loader, options, machine)
+        begun.warn(say, options)
+    student, untrained = students.build_student(start, store, names, options, loader, say)
+    run.begin()
+    device = machine.target
+    student.on(device).learn(options.batch_norm, options.dropout)
+    weights = objective.head_weights(names, store.generalist, options.balance)
+    widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
+    segments = objective.segments(widths, weights, options.temperature, kinds)
+    optimizer = make_optimizer(student, options.lr_backbone, options.lr_heads, options.momentum, options.weight_decay)
+    loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes)
+    tally = Tally(names + ([LABELS_HEAD] if options.labels else []), device)
+    steps = loader.schedule.steps
+    total = steps * options.epochs
+
+    saved = loop.begin(options.seed)
+    if saved is not None:
+        tally.load(saved["tally"])
+        say(f"resuming {out} at step {loop.step} of {total}")
+    rows = Rows(run, total, loop.step, saved["metrics"] if saved else 0, upkeep.tensorboard)
+    if begun:
+        rows.metrics.write(begun.row())
+    forward = compiled(student, upkeep.compile)
+
+    def save() -> None:
+        rows.write(wait=True)
+        tally.take({"step": loop.step}, reset=False).refuse_nan(out)
+        loop.save({"tally": tally.state(), "metrics": rows.metrics.position})
+
+    began, start_step = time.monotonic(), loop.step
+    epoch, done = divmod(loop.step, steps)
+    with Cores(machine.threads, device) as cores, stop_signals() as stop:
+        waits = Waits(loader.waits, cores)
+        for batch in loader.batches(range(epoch, options.epochs), skip=done):
+            set_rate(optimizer, loop.step / total, options.milestones)
+            with cores.turn():
+                with machine.autocast():
+                    logits = forward(batch.pixels)
+                result, supervised = _losses(logits, batch, segments, options.labels)
+                loop.update(result.total if supervised is None else result.total + supervised)
+            tally.add(result, weights, supervised)
+            housekeeping = time.perf_counter()
+            ends = loop.step % steps == 0
+            if ends or loop.step % upkeep.log_every == 0:
+                rows.write(wait=True)
+                about = {"step": loop.step, "epoch": (loop.step - 1) // steps, **_rates(optimizer)}
+                rows.taken = tally.take(about)
+            rows.write(wait=False)
+            if progress:
+                progress(loop.step, total)
+            if stop or ends or loop.due():
+                save()
+            waits.step(time.perf_counter() - housekeeping)
+            if stop and loop.step < total:
+                rows.close()
+                waits.write(run)
+                raise Interrupted(
+                    f"stopped by signal {stop[0]} at step {loop.step} of {total}, saved; run the same command to resume"
+                )
+        rows.write(wait=True)
+        rows.close()
+        write_atomically(run.path / RUN_HEADS, student.export_heads())
+        run.end(RESULT, students.export(student, names, untrained))
+        long = time.monotonic() - began > upkeep.advise_seconds and loop.step > start_step
+        waits.write(run, advice.measure(student, batch.pixels, machine.precision, cores) if long else None)
+    return rows.last
+
+
+class Rows:
+    """The rows of metrics.jsonl, of run.log and of TensorBoard, each written when its sums have come from the device."""
+
+    def __init__(self, run: Run, total: int, step: int, position: int, tensorboard: bool) -> None:
+        self.metrics = Metrics(run.path / "metrics.jsonl", position)
+        self.taken: Taken | None = None
+        """The row that is on its way."""
+        self.last: dict[str, Any] = {}
+        self._run, self._total, self._logged = run, total, time.monotonic()
+        self._board = _tensorboard(run, step) if tensorboard else None
+
+    def write(self, wait: bool) -> None:
+        """Write the row that was last taken, if it has arrived or is waited for. Raises FastconError for a loss of NaN."""
+        if self.taken is None or not (wait or self.taken.arrived()):
+            return
+        self.taken.refuse_nan(str(self._run.path))
+        row, self.taken = self.taken.row(), None
+        self.last = row
+        self.metrics.write(row)
+        now = time.monotonic()
+        rate = row["images"] / (now - self._logged)
+        self._run.log(f"step {row['step']}/{self._total} loss {row['loss']:.4f} {rate:.0f} img/s")
+        self._logged = now
+        if self._board:
+            _write_board(self._board, row)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.metrics.close()
+        if self._board:
+            self._board.close()
+
+
+def _loader(
+    store: Store,
+    images: list[str] | Manifest | None,
+    names: list[str],
+    options: TrainOptions,
+    machine: Machine,
+    upkeep: Upkeep,
+    say: Callable[[str], None],
+) -> Loader:
+    """The batches of a run, with what is to be said of them."""
+    loader = Loader(
+        store,
+        images,
+        options.batch_size,
+        heads=names,
+        views=options.views,
+        seed=options.seed,
+        lanes=options.lanes,
+        device=machine.device,
+        loader=machine.loader,
+        threads=machine.threads,
+        exact_pixels=upkeep.exact_pixels,
+    )
+    for warning in (loader.warning, rough_temperature(store, names, options.temperature)):
+        if warning:
+            say(f"warning: {warning}")
+    if loader.schedule.left_out:
+        say(
+            f"{loader.schedule.left_out} of {store.rows} images are left out of each epoch (batches of {options.batch_size})"
+        )
+    return loader
+
+
+def estimate(store: Store, options: TrainOptions) -> dict[str, Any]:
+    """What a run would do: steps, images left out of each epoch, bytes of logits read, and the weight of each head."""
+    names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+    weights = objective.head_weights(names, store.generalist, options.balance)
+    lanes, views = options.lanes or 1, options.views or store.views
+    schedule = Schedule(store.rows, views, store.recipe.chunk_rows, options.batch_size, lanes, options.seed)
+    steps = schedule.steps * options.epochs
+    return {
+        "steps": steps,
+        "images_left_out": schedule.left_out,
+        "logit_bytes_read": steps * options.batch_size * sum(store.logit_bytes(name) for name in names),
+        "weights": dict(zip(names, weights, strict=True)),
+    }
+
+
+def rough_temperature(store: Store, names: list[str], temperature: float) -> str | None:
+    """Warning if top-k logits are exact only at another temperature."""
+    rough = [n for n in names if isinstance(store.codec(n), TopK) and temperature != TopK.temperature]
+    if not rough:
+        return None
+    return (
+        f"teacher {rough[0]!r} is stored as {store.codec(rough[0]).name}, exact at T = {TopK.temperature:g} and rough "
+        f"at T = {temperature:g}: store it with `logits` float16 or uint8"
+    )
+
+
+def _losses(logits: Tensor, batch: Batch, segments: Segments, labels: bool) -> tuple[MultiHeadLoss, Tensor | None]:
+    width = segments.columns
+    result = objective.loss(logits[:, :width], batch.stacked, segments)
+    if not labels:
+        return result, None
+    return result, nn.functional.cross_entropy(logits[:, width:], batch.labels)  # type: ignore[arg-type]
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return dict(zip(("lr_backbone", "lr_heads"), (group["lr"] for group in optimizer.param_groups), strict=True))
+
+
+def _identity(store: Store, names: list[str]) -> dict[str, Any]:
+    """What of a store a run depends on."""
+    return {
+        "recipe": store.recipe.record(),
+        "images": store.record.images.digest,
+        "views": store.views,
+        "generalist": store.generalist,
+        "teachers": {name: store.teachers[name].weights for name in names},
+    }
+
+
+def _tensorboard(run: Run, step: int) -> Any:
+    optional_import("tensorboard", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.path / "tensorboard"), purge_step=step)
+
+
+def _write_board(board: Any, row: dict[str, Any]) -> None:
+    board.add_scalar("loss", row["loss"], row["step"])
+    for name, head in row["heads"].items():
+        for key, value in head.items():
+            board.add_scalar(f"{name}/{key}", value, row["step"])

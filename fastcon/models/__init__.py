@@ -1,0 +1,1 @@
+"""Networks with named heads, and how they are named on the command line."""

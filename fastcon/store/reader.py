@@ -1,0 +1,334 @@
+"""A store opened for reading: every byte of it is checked against its record."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcon.data.manifest import Manifest
+from fastcon.errors import FastconError, one_line
+from fastcon.store import arrays
+from fastcon.store.codec import Codec, Parts, codec
+from fastcon.store.format import (
+    COPY,
+    FORMAT,
+    IMAGE_COLUMNS,
+    SAMPLES,
+    VIEW_COLUMNS,
+    Record,
+    TeacherRecord,
+    View,
+    checksum,
+    digest,
+    is_url,
+    layout,
+    record_digest,
+)
+
+
+class Store:
+    """A store opened for reading. Raises FastconError where there is none, or of another format."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._group = arrays.open_group(self.path, "r")
+        record = dict(self._group.attrs).get("fastcon")
+        if not isinstance(record, dict):
+            raise FastconError(
+                f"{self.path} is a Zarr group but no finished fastcon store: give the folder that "
+                "`fastcon precompute --store` wrote"
+            )
+        if record.get("format") != FORMAT:
+            raise FastconError(
+                f"{self.path} has store format {record.get('format')!r}, this fastcon reads format "
+                f"{FORMAT}: use the fastcon that wrote it, or make the store again"
+            )
+        if record.get("digest") != record_digest(record):
+            raise FastconError(
+                f"{self.path}: the record of the store (in zarr.json) is damaged; `fastcon verify --repair` restores it"
+            )
+        self._arrays: dict[str, Any] = {}
+        self._expected: dict[tuple[str, int], NDArray[np.int64]] = {}
+        try:
+            self._take(Record.parse(record))
+        except Exception as error:  # whole, but by another hand than ours
+            raise FastconError(
+                f"{self.path} has a malformed record ({one_line(error)}): make the store again"
+            ) from error
+
+    def _take(self, record: Record) -> None:
+        self.record, self.layout = record, layout(record)
+        self.recipe, self.rows, self.views = record.recipe, record.images.count, record.views
+
+    @property
+    def teachers(self) -> dict[str, TeacherRecord]:
+        """Name → record of each teacher."""
+        return self.record.teachers
+
+    @property
+    def generalist(self) -> str | None:
+        """The name of the generalist, if there is one."""
+        return next((name for name, teacher in self.teachers.items() if teacher.role == "generalist"), None)
+
+    def codec(self, name: str) -> Codec:
+        """How a teacher's logits are stored."""
+        return codec(self.teachers[name].logits)
+
+    def logit_bytes(self, name: str) -> int:
+        """Bytes of one row of a teacher's logits."""
+        return self.codec(name).row_bytes(len(self.teachers[name].classes))
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in one view of one teacher."""
+        return -(-self.rows // self.recipe.chunk_rows)
+
+    def chunk_range(self, chunk: int) -> tuple[int, int]:
+        """First row and one past the last row of a chunk."""
+        start = chunk * self.recipe.chunk_rows
+        return start, min(start + self.recipe.chunk_rows, self.rows)
+
+    def view(self, view: int) -> View:
+        """Order, boxes and flips of a view, checked against the record's digest."""
+        columns = [self._read(name, view) for name in VIEW_COLUMNS]
+        if digest(*columns) != self.record.view_digests[view]:
+            raise FastconError(
+                f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
+                "`fastcon verify --repair` writes them anew from the recipe"
+            )
+        return View(*columns)
+
+    def image_columns(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Ids [n] and content digests [n, 16] of the images, in manifest order."""
+        columns = [self._read(f"images/{name}") for name in IMAGE_COLUMNS]
+        if digest(*columns) != self.record.images.columns_digest:
+            raise FastconError(
+                f"{self.path}: the recorded ids, digests or names of the images are missing or damaged; "
+                "`fastcon verify --repair` writes them anew"
+            )
+        return columns[0], columns[1]
+
+    def image_name(self, index: int) -> str:
+        """The name of an image, relative to its source."""
+        ends = self._array("images/name_ends")
+        start = int(ends[index - 1]) if index else 0
+        return os.fsdecode(np.asarray(self._array("images/names")[start : int(ends[index])]).tobytes())
+
+    def samples(self) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+        """Rows of view 0 [k] and the uint8 pixels [k, size, size, 3] that were decoded for them."""
+        rows, pixels = self._read("samples/rows"), self._read("samples/pixels")
+        if digest(rows, pixels) != self.record.samples_digest:
+            raise FastconError(
+                f"{self.path}: the sample pixels are missing or damaged; `fastcon verify --repair` decodes them anew"
+            )
+        return rows, pixels
+
+    def done(self, name: str) -> NDArray[np.bool_]:
+        """Which chunks of a teacher are finished: bool [V, chunks]."""
+        checksums = self._read(self._path(name, "checksums"))
+        return checksums[: self.views] >= 0
+
+    def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
+        """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
+        return self.codec(name).decode(self.parts(name, view, chunk), len(self.teachers[name].classes))
+
+    def parts(self, name: str, view: int, chunk: int) -> Parts:
+        """One chunk of a teacher's logits as they are stored, verified; raises as `logits` does."""
+        start, stop = self.chunk_range(chunk)
+        where = f"{self.path}: teacher {name!r}, view {view}, chunk {chunk} (rows {start} to {stop - 1})"
+        expected = self._checksum(name, view, chunk)
+        if expected < 0:
+            raise FastconError(f"{where} is not computed yet: run `fastcon precompute` again, it resumes")
+        parts: Parts = {}
+        seen = 0
+        for part in self.codec(name).parts(len(self.teachers[name].classes)):
+            array = self._array(self._path(name, part))
+            try:
+                rows, own = self._read_chunk(array, view, chunk)
+            except FileNotFoundError:
+                raise FastconError(f"{where} is missing: `fastcon verify --repair` computes it again") from None
+            except Exception as error:
+                raise FastconError(
+                    f"{where} is damaged ({one_line(error)}): `fastcon verify --repair` computes it again"
+                ) from error
+            seen = checksum(rows, seen) if parts else own
+            parts[part] = rows
+        if seen != expected:
+            raise FastconError(
+                f"{where} is missing or holds other rows than were written: `fastcon verify --repair` computes it again"
+            )
+        return parts
+
+    def _checksum(self, name: str, view: int, chunk: int) -> int:
+        """What a chunk must hold; -1: it is not done."""
+        if (name, view) not in self._expected or self._expected[name, view][chunk] < 0:
+            self._expected[name, view] = self._read(self._path(name, "checksums"), view)
+        return int(self._expected[name, view][chunk])
+
+    def _read_chunk(self, array: Any, view: int, chunk: int) -> tuple[NDArray[Any], int]:
+        """The rows of one chunk of a [V, n, C] array, and their CRC-32C; raises whatever goes wrong.
+
+        From a folder the chunk's file is read: its bytes, as `_create` lays them out, are the rows (the last chunk
+        padded) and their CRC-32C. That is twice as fast as Zarr's way to the same bytes.
+        """
+        start, stop = self.chunk_range(chunk)
+        if is_url(self.path):
+            found = np.ascontiguousarray(array[view, start:stop])
+            return found, checksum(found)
+        here = self.layout[array.path]
+        rows, width = here.chunks[1:]
+        data = np.empty((rows, width), here.dtype)
+        tail = bytearray(5)  # a longer file fills it
+        file = os.path.join(self.path, array.path, f"c/{view}/{chunk}/0")
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            whole = os.readv(fd, [data.data, tail]) == data.nbytes + 4
+        finally:
+            os.close(fd)
+        if not whole:  # a file of another length, or a system that gives only some of it at once
+            read = np.fromfile(file, dtype=np.uint8)
+            if len(read) != data.nbytes + 4:
+                raise FastconError(f"{len(read)} bytes long")
+            data, tail = read[:-4].view(here.dtype).reshape(rows, width), bytearray(read[-4:])
+        own = checksum(data)
+        if tail[:4] != own.to_bytes(4, "little"):
+            raise FastconError("its CRC-32C differs")
+        return data[: stop - start], own if stop - start == rows else checksum(data[: stop - start])
+
+    def baked(self) -> NDArray[np.bool_]:
+        """Which shards of baked views are written: bool [V, chunks]."""
+        return self._read("baked/checksums")[: self.views] >= 0
+
+    def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
+        """The encoded bytes of a chunk's baked views, verified and mapped into memory; raises FastconError."""
+        path = self._shard_path(view, chunk)
+        expected = int(self._read("baked/checksums", view)[chunk])
+        if expected < 0:
+            raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
+        try:
+            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of it cost less
+        except (OSError, ValueError) as error:
+            raise FastconError(f"{path} is missing or empty: `fastcon verify --repair` bakes it again") from error
+        if checksum(data) != expected:
+            raise FastconError(f"{path} is damaged: `fastcon verify --repair` bakes it again")
+        start, stop = self.chunk_range(chunk)
+        found, at = [], 0
+        for _ in range(start, stop):  # the bytes are ours: a header, then the file, in blocks of 512
+            size = int(data[at + 124 : at + 135].tobytes(), 8)
+            found.append(data[at + 512 : at + 512 + size])
+            at += 512 + size + -size % 512
+        return found
+
+    def _shard_path(self, view: int, chunk: int) -> str:
+        return os.path.join(self.path, f"shards/view-{view:03d}/chunk-{chunk:05d}.tar")
+
+    def weights(self, name: str) -> bytes:
+        """The stored safetensors file of a teacher (the generalist has one)."""
+        if name not in self.teachers or self.teachers[name].weights_file_digest is None:
+            raise FastconError(f"{self.path} keeps no weights of {name!r}, only those of a generalist")
+        data = self._read(self._path(name, "weights"))
+        if digest(data) != self.teachers[name].weights_file_digest:
+            raise FastconError(
+                f"{self.path}: the weights of {name!r} are missing or damaged; `fastcon verify --repair` writes them "
+                "anew from where they came from"
+            )
+        return data.tobytes()
+
+    def check_images(self, manifest: Manifest) -> None:
+        """Raise FastconError, naming the first difference, where these are not the store's images."""
+        if manifest.digest == self.record.images.digest:
+            return
+        ids, digests = self.image_columns()
+        here = (
+            f"the store was made from {self.rows:,} images (digest {self.record.images.digest[:12]}), these are "
+            f"{len(manifest):,} (digest {manifest.digest[:12]})"
+        )
+        way = "give the images it was made from, or make a new store"
+        known = {int(i): k for k, i in enumerate(manifest.ids)}
+        for k, image in enumerate(ids):
+            other = known.get(int(image))
+            if other is None:
+                raise FastconError(f"{here}: {self.image_name(k)!r} is gone; {way}")
+            if manifest.digests[other].tobytes() != digests[k].tobytes():
+                raise FastconError(f"{here}: {self.image_name(k)!r} has other content; {way}")
+        kept = set(ids.tolist())
+        extra = next((k for k, image in enumerate(manifest.ids.tolist()) if image not in kept), None)
+        what = "the images come in another order" if extra is None else f"{manifest.name(extra)!r} is new"
+        raise FastconError(f"{here}: {what}; {way}")
+
+    def _path(self, name: str, part: str) -> str:
+        if name not in self.teachers:
+            raise FastconError(f"{self.path} has no teacher {name!r}; it has {', '.join(self.teachers) or 'none'}")
+        return f"teachers/{name}/{part}"
+
+    def _array(self, path: str) -> Any:
+        """An array of the store; opened once, and refused where its metadata are not what the record implies."""
+        if path not in self._arrays:
+            try:
+                self._arrays[path] = arrays.existing(self._group, path, self.layout[path])
+            except Exception as error:
+                raise FastconError(
+                    f"{self.path}: array {path!r} is missing or damaged ({one_line(error)}); `fastcon verify --repair` "
+                    "mends what can be mended"
+                ) from error
+        return self._arrays[path]
+
+    def _read(self, path: str, index: int | None = None) -> NDArray[Any]:
+        """An array's values. What is damaged raises; what is missing too, but for checksums, which then say "not done"."""
+        array, here = self._array(path), self.layout[path]
+        try:
+            if here.fill == 0 and not is_url(self.path):  # Zarr would make zeros of them
+                numbers = range(-(-here.shape[0] // here.chunks[0])) if index is None else [index // here.chunks[0]]
+                for number in numbers:
+                    os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(here.shape) - 1)))
+            return np.ascontiguousarray(array[: here.shape[0]] if index is None else array[index])
+        except Exception as error:
+            raise FastconError(
+                f"{self.path}: array {path!r} is missing or damaged ({_reason(error)}); `fastcon verify --repair` mends "
+                "what can be mended"
+            ) from error
+
+    def damaged_metadata(self) -> list[str]:
+        """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies.
+
+        From a folder; of a store in object storage none is looked at but those of arrays, on use.
+        """
+        if is_url(self.path):
+            return []
+        return [
+            name for name, data in self.metadata_files().items() if not arrays.same_json(Path(self.path, name), data)
+        ]
+
+    def metadata_files(self) -> dict[str, bytes]:
+        """Name → bytes of every metadata file of the store, as they must be."""
+        files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()}), COPY: record_file(self.record)}
+        for path, here in self.layout.items():
+            parts = path.split("/")
+            files |= {"/".join([*parts[:k], "zarr.json"]): arrays.group_file({}) for k in range(1, len(parts))}
+            files[f"{path}/zarr.json"] = arrays.array_file(here)
+        return files
+
+
+def sample_rows(store: Store) -> NDArray[np.uint32]:
+    """Which rows of view 0 are kept as pixels: evenly spread, at most 64."""
+    count = min(SAMPLES, store.rows)
+    return (np.arange(count, dtype=np.int64) * store.rows // count).astype(np.uint32)
+
+
+def bytes_on_disk(path: str) -> int:
+    """Bytes of all files of a store; 0 of one in object storage."""
+    return 0 if is_url(path) else sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+def record_file(record: Record) -> bytes:
+    """The bytes of record.copy."""
+    return (json.dumps(record.json(), indent=2) + "\n").encode()
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

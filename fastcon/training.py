@@ -1,0 +1,148 @@
+"""What every training loop needs to go on after a stop: network, optimizer, loss scaler, random state, in checkpoints.
+
+Checkpoints hold tensors and plain values only, and the newest readable one counts.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcon.files import write_atomically
+from fastcon.machine import Machine
+from fastcon.models.classifier import Classifier
+
+KEEP = 2
+FORMAT = 2
+"""Of checkpoints; those of another format are passed over."""
+
+
+class Loop:
+    """The state of a training loop, which takes steps and can be saved after any of them.
+
+    Resumed, it goes on as if it had never stopped: on a CPU to the last bit.
+    """
+
+    def __init__(
+        self, model: Classifier, optimizer: torch.optim.Optimizer, machine: Machine, folder: Path, seconds: float
+    ) -> None:
+        """machine: settled; folder: where checkpoints lie; seconds: the time between two of them."""
+        self.model, self.optimizer, self.step = model, optimizer, 0
+        self.device = machine.target
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.precision == "float16")
+        self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
+
+    def begin(self, seed: int) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint: returns what else was saved with it. Without one, seed the random state."""
+        state = newest(self._folder)
+        if state is None:
+            torch.manual_seed(seed)
+            return None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        _set_rng(state["rng"], self.device)
+        self.step = state["step"]
+        return state["more"]
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of a loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+
+    def due(self) -> bool:
+        """Whether it is time for another checkpoint."""
+        return time.monotonic() - self._saved > self._seconds
+
+    def save(self, more: dict[str, Any]) -> None:
+        """Write a checkpoint, with whatever else the loop must know when it goes on."""
+        state = {
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": _rng_state(self.device),
+            "step": self.step,
+            "more": more,
+        }
+        _write(self._folder, self.step, state)
+        self._saved = time.monotonic()
+
+
+def make_optimizer(
+    student: Classifier, lr_backbone: float, lr_heads: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """SGD with one learning rate for the backbone and one for the heads."""
+    groups = [
+        {"params": student.backbone_parameters(), "lr": lr_backbone, "base": lr_backbone},
+        {"params": list(student.head_module.parameters()), "lr": lr_heads, "base": lr_heads},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    # Where a scaler skips the very first step, torch 2.15's fused SGD leaves its buffers uninitialised and uses them.
+    for group in optimizer.param_groups if momentum else ():
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, progress: float, milestones: tuple[float, ...]) -> None:
+    """Multiply each group's learning rate by 0.1 for every milestone (a share of the run) that is passed."""
+    factor = 0.1 ** sum(progress >= milestone for milestone in milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+
+
+def compiled(model: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    """A network as it is ("none"), by torch.compile ("default"), or that with CUDA graphs ("graphs")."""
+    if mode == "none":
+        return model
+    return torch.compile(model, mode={"default": "default", "graphs": "reduce-overhead"}[mode])
+
+
+def newest(folder: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None. Only tensors and plain values are ever loaded."""
+    for path in reversed(_steps(folder)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            continue
+        if state.get("format") == FORMAT:
+            return state
+    return None
+
+
+def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint of a step and forget all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / f"step-{step:09d}.pt", buffer.getvalue())
+    for old in _steps(folder)[:-KEEP]:
+        old.unlink()
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-\d{9}\.pt", path.name))
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The random state that dropout draws from: the CPU's and, where it is one, the GPU's."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from a state that `_rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
