@@ -131,10 +131,10 @@ def diagnosis_of(run: str) -> list[str]:
 def diagnosis(waits: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What a run's time went to, and what to change: the largest wait above a tenth, else the step itself."""
     remedies = {
-        "pixels": "--threads for as many decoding threads as there are cores"
-        + ("" if config["store"]["recipe"].get("bake") else "; precompute --bake, to decode small views"),
-        "logits": "a faster disk, or precompute --logits uint8, which is half of float16",
-        "host": "a larger --log-every or --checkpoint-minutes",
+        "pixels": "`threads` for as many decoding threads as there are cores"
+        + ("" if config["store"]["recipe"].get("bake") else "; precompute with `bake`, to decode small views"),
+        "logits": "a faster disk, or precompute with `logits` uint8, which is half of float16",
+        "host": "a larger `log_every` or `checkpoint_minutes`",
         "turns": "other fastcon processes compute here, too: let them end first",
         "step": advice.say(waits["tried"]) if "tried" in waits else "a faster device: the step itself takes the time",
     }

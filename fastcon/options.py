@@ -107,6 +107,7 @@ def _check(name: str, value: Any, rule: Rule) -> None:
             return
         inside = (
             isinstance(number, int | float)
+            and number == number  # NaN is nowhere
             and not (rule.low is not None and (number < rule.low or (rule.above and number == rule.low)))
             and not (rule.high is not None and (number > rule.high or (rule.below and number == rule.high)))
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,7 @@ from fastcon.data.manifest import Manifest, index
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.machine import Machine
 from fastcon.models.load import load
-from fastcon.store.format import Recipe
-from fastcon.store.writer import _commit
+from fastcon.store.format import COPY, Recipe, record_digest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
@@ -134,4 +134,6 @@ def rewrite_record(path: Path, change: Callable[[dict], None]) -> None:
     group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
     record = dict(group.attrs["fastcon"])
     change(record)
-    _commit(group, str(path), record)
+    record["digest"] = record_digest(record)
+    group.attrs["fastcon"] = record
+    (path / COPY).write_text(json.dumps(record, indent=2) + "\n")

@@ -22,7 +22,7 @@ def test_each_choice_is_timed_for_what_it_is(generalist_file, monkeypatch):
     took = {("bfloat16", 4): 2.0, ("float32", 4): 1.0, ("bfloat16", 8): 6.0}
     monkeypatch.setattr(advice, "_seconds", lambda _, batch, precision, cores: took[precision, len(batch)])
     rates = advice.measure(student, pixels, "bfloat16", Cores())
-    assert rates == {"": 2, "--precision float32": 4, "--batch-size 8": pytest.approx(8 / 6)}
+    assert rates == {"": 2, "`precision` float32": 4, "`batch_size` 8": pytest.approx(8 / 6)}
 
 
 def test_a_long_run_ends_with_advice_and_the_same_student(store_path, tmp_path):
@@ -30,7 +30,7 @@ def test_a_long_run_ends_with_advice_and_the_same_student(store_path, tmp_path):
     for name, seconds in (("long", 0.0), ("short", 1e9)):
         train(str(store_path), str(tmp_path / name), options, MACHINE, replace(UPKEEP, advise_seconds=seconds))
     spans = [json.loads((tmp_path / name / "waits.log").read_text()) for name in ("long", "short")]
-    assert set(spans[0]["tried"]) == {"", "--precision bfloat16", "--batch-size 64"}
+    assert set(spans[0]["tried"]) == {"", "`precision` bfloat16", "`batch_size` 64"}
     assert all(rate > 0 for rate in spans[0]["tried"].values())
     assert "tried" not in spans[1]
     students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("long", "short")]

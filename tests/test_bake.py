@@ -101,7 +101,7 @@ def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
     options = TrainOptions(epochs=1, batch_size=25)
     row = train(str(copy), str(tmp_path / "run"), options, MACHINE)
     assert row["images"] == 150
-    with pytest.raises(FastconError, match="--labels needs a class for every proxy image"):
+    with pytest.raises(FastconError, match="`labels` needs a class for every proxy image"):
         train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), MACHINE)
 
 
@@ -182,7 +182,7 @@ def test_baked_or_not_is_settled_when_a_store_is_made(baked, store_path, proxy, 
 
 
 def test_object_storage_is_refused(proxy, teachers):
-    with pytest.raises(FastconError, match="leave out --bake"):
+    with pytest.raises(FastconError, match="leave out `bake`"):
         precompute("memory://baked/store", proxy, teachers, BAKED, 1, MACHINE, BATCH)
 
 

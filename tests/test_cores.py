@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastcon import cores as machine
-from fastcon.cores import Cores
+from fastcon import cores as module
+from fastcon.cores import Cores, workers
 
 COUNT = """
 import os, sys, time
+from fastcon.cores import Cores
 folder, log, seconds = sys.argv[1:]
 end = time.monotonic() + float(seconds)
 with Cores(folder=folder) as cores, open(log, "a", buffering=1) as file:
@@ -48,7 +50,7 @@ def test_processes_take_turns_and_none_starves(tmp_path):
 
 
 def test_nobody_waits_for_ever_for_one_that_is_suspended(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
     with Cores(folder=str(tmp_path)) as suspended, Cores(folder=str(tmp_path)) as other, suspended.turn():
         started = time.monotonic()
         with other.turn():
@@ -105,20 +107,51 @@ def test_the_quota_is_the_least_of_a_cgroup_and_those_it_is_in(tmp_path, files, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text("0::/a/b\n")
-    assert machine.quota(str(tmp_path), str(tmp_path / "own")) == limit
+    assert module.quota(str(tmp_path), str(tmp_path / "own")) == limit
 
 
 def test_threads_follow_quota_affinity_and_the_environment(monkeypatch):
     there = len(os.sched_getaffinity(0))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "quota", lambda: float("inf"))
-    assert machine.default_threads() == machine.cores() == there
-    monkeypatch.setattr(machine, "quota", lambda: 0.3)
-    assert machine.default_threads() == 1
-    monkeypatch.setattr(machine, "quota", lambda: float("inf"))
+    monkeypatch.setattr(module, "quota", lambda: float("inf"))
+    assert module.default_threads() == module.cores() == there
+    monkeypatch.setattr(module, "quota", lambda: 0.3)
+    assert module.default_threads() == 1
+    monkeypatch.setattr(module, "quota", lambda: float("inf"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert machine.default_threads() == 1
+    assert module.default_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1000")
-    assert machine.default_threads() == there
+    assert module.default_threads() == there
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
-    assert machine.default_threads() == there
+    assert module.default_threads() == there
+
+
+def test_every_worker_computes_on_one_core_and_the_caller_on_all():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = threading.Barrier(3)
+
+        def look(_: int) -> tuple[int, str]:
+            together.wait(10)
+            return torch.get_num_threads(), threading.current_thread().name
+
+        with workers(3) as pool:
+            seen = list(pool.map(look, range(3)))
+            assert torch.get_num_threads() == 2
+        assert [count for count, _ in seen] == [1, 1, 1]
+        assert len({name for _, name in seen}) == 3
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [2]  # threads that start afterwards get the caller's number
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_at_once_leaves_no_noise(caplog):
+    for _ in range(60):
+        with pytest.raises(ValueError, match="at once"), workers(3):
+            raise ValueError("at once")
+    assert not caplog.records

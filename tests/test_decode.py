@@ -146,7 +146,7 @@ def test_prefetch_hands_over_in_order_raises_and_closes():
 
 
 def test_a_loader_that_there_is_not():
-    with pytest.raises(FastconError, match="no loader 'none': there are dali, torchvision"):
+    with pytest.raises(FastconError, match="`loader` 'none' is none of dali, torchvision"):
         Machine(loader="none")
 
 
@@ -208,11 +208,11 @@ def test_a_batch_comes_before_the_next_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("bad", [0, 10, 19])
 def test_an_image_that_does_not_decode_is_named(tmp_path, bad):
-    """Only --trust-images lets one through: its header is whole."""
+    """Only `trust_images` lets one through: its header is whole."""
     for i in range(20):
         write(tmp_path / f"{i}.jpg", encoded(seed=i))
     write(tmp_path / f"{bad}.jpg", encoded(seed=bad)[:-300])
     manifest = index([tmp_path], trust=True)
     for loader in LOADERS:
-        with pytest.raises(FastconError, match=rf"image '{bad}.jpg' does not decode .* leave out --trust-images"):
+        with pytest.raises(FastconError, match=rf"image '{bad}.jpg' does not decode .* leave out `trust_images`"):
             pixels_of(manifest, 1, [16], loader=loader)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +15,12 @@ from PIL import Image
 
 from fastcon.data import splits
 from fastcon.data.manifest import index
-from fastcon.errors import FastconError
+from fastcon.errors import FastconError, Interrupted
 from fastcon.machine import Machine
 from fastcon.models.load import load
 from fastcon.transfer import features, finetune
 from fastcon.transfer.finetune import teach
-from fastcon.transfer.options import TuneOptions
+from fastcon.transfer.options import FinetuneOptions, TuneOptions
 
 INIT = "torchvision:resnet18?size=32"
 OPTIONS = TuneOptions(epochs=8, lr_grid=(0.02,), batch_size=16, scale=(0.5, 1.0))
@@ -122,13 +124,29 @@ def test_the_grid_is_judged_on_held_out_training_images(parts, tmp_path, monkeyp
     assert set(judged[2].indices.tolist()) == test
 
 
+@pytest.mark.parametrize("stop_at", [1, 12, 20])
+def test_a_signal_in_mid_epoch_saves_and_the_same_command_resumes(parts, taught, tmp_path, stop_at):
+    def poke(done, total):
+        if done == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=f"at step {stop_at} of 24, saved"):
+        teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, MACHINE, progress=poke)
+    steps = []
+    again = teach(INIT, *parts, str(tmp_path / "run"), OPTIONS, MACHINE, progress=lambda done, _: steps.append(done))
+    assert steps[:2] == [stop_at, stop_at + 1]  # not one step twice
+    assert again == taught[1]
+    for name in ("model.safetensors", "metrics-final.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (taught[0] / name).read_bytes()
+
+
 def test_every_epoch_shows_every_image_anew(parts):
     train = parts[0]
     options = replace(OPTIONS, batch_size=len(train))
-    (first, labels), (second, others) = finetune._batches(train, range(2), 32, options, MACHINE)
+    (first, labels), (second, others) = finetune._batches(train, 0, 32, replace(options, epochs=2), MACHINE)
     assert sorted(labels.tolist()) == sorted(train.labels.tolist()) == sorted(others.tolist())
     assert not torch.equal(first, second)
-    [(again, _)] = finetune._batches(train, range(1, 2), 32, options, MACHINE)
+    [(again, _)] = finetune._batches(train, 1, 32, replace(options, epochs=2), MACHINE)
     assert torch.equal(again, second)
 
 

@@ -153,8 +153,8 @@ def test_a_broken_row_order_is_refused(store_path, proxy, tmp_path):
 
 
 def test_opening_a_store_keeps_no_object_per_image(store_path):
-    index(Store(store_path).record["images"]["sources"])  # which keeps what it found
-    assert isinstance(index(Store(store_path).record["images"]["sources"]).ids, np.memmap)
+    index(Store(store_path).record.images.sources)  # which keeps what it found
+    assert isinstance(index(Store(store_path).record.images.sources).ids, np.memmap)
 
 
 KNOWN = [[3, 0, 7, 6], [2, 1, 9, 11], [5, 4, 8, 10]]

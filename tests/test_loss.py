@@ -9,6 +9,7 @@ import torch
 
 import fastcon
 from fastcon.distill import loss as objective
+from fastcon.distill.options import TrainOptions
 from fastcon.errors import FastconError
 
 
@@ -73,5 +74,5 @@ def test_mistakes_are_named():
 
 @pytest.mark.parametrize("text", ["1", "1:0", "a:b", "1:2:3", "-1:1"])
 def test_a_balance_that_is_none(text):
-    with pytest.raises(FastconError, match="--balance"):
-        objective.parse_balance(text)
+    with pytest.raises(FastconError, match="`balance`"):
+        TrainOptions(balance=text)

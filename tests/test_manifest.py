@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import rng
-from fastcon.manifest import ImageReader, index
 from PIL import Image
 
-from fastcon import manifest as manifests
+from fastcon.data import manifest as manifests
+from fastcon.data.manifest import ImageReader, index
 from fastcon.errors import FastconError
 
 

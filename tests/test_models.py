@@ -224,7 +224,7 @@ def test_a_data_file_does_not_choose_code(tmp_path, monkeypatch):
 def test_devices_that_are_not_there(device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(FastconError, match=f"--device {device}"):
+    with pytest.raises(FastconError, match=f"`device` {device}"):
         choose_device(device)
 
 

@@ -34,12 +34,15 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("click", {"cli"}),
-        ("zarr", {"store"}),
-        ("nvidia", {"pipeline"}),
+        (
+            "click",
+            {f"cli/{name}" for name in ("distill", "group", "images", "options", "output", "results", "transfer")},
+        ),
+        ("zarr", {"store/arrays"}),
+        ("nvidia", {"data/decode"}),
         ("triton", {"multihead_ce_triton"}),
-        ("sklearn", {"solvers", "render", "bench/probe"}),
-        ("tarfile", {"sources", "datasets", "bake"}),
+        ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe"}),
+        ("tarfile", {"data/sources", "data/datasets", "store/bake"}),
     ],
 )
 def test_only_one_module_knows_a_library(library, home):
@@ -52,6 +55,65 @@ def test_kernels_import_nothing_from_fastcon():
         for line in path.read_text().splitlines():
             match = re.match(r"\s*(?:from|import) (fastcon[\w.]*)", line)
             assert match is None or match[1].startswith("fastcon.kernels"), f"{path.name}: {line}"
+
+
+LAYERS = [
+    "errors",
+    "files",
+    "options",
+    "cores",
+    "machine",
+    "run",
+    "data",
+    "models",
+    "training",
+    "store",
+    "distill",
+    "transfer",
+    "report",
+    "study",
+    "bench",
+    "info",
+    "demo",
+    "api",
+    "cli",
+]
+"""From the ground up: a module imports from its own layer and those before it, and from the kernels."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """The fastcon modules that a module names in imports, wherever in it they stand."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("fastcon.")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastcon":
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if module_file(name) else str(node.module) for name in inside}
+    return {name for name in found if name != "fastcon" and not name.startswith("fastcon.kernels")}
+
+
+def module_file(name: str) -> Path | None:
+    """Where a module or package of fastcon's lies."""
+    place = ROOT / name.replace(".", "/")
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()), None)
+
+
+def test_imports_go_down_and_never_round():
+    graph: dict[str, set[str]] = {}
+    for path in (ROOT / "fastcon").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name in ("fastcon", "fastcon.__main__"):
+            continue
+        graph[name] = imports_of(path) - {name}
+        own = LAYERS.index(name.split(".")[1])
+        for imported in graph[name]:
+            assert LAYERS.index(imported.split(".")[1]) <= own, f"{name} imports {imported}"
+    for name in graph:
+        seen, reached = set(), set(graph[name])
+        while reached - seen:
+            [seen.add(step) or reached.update(graph[step]) for step in reached - seen]
+        assert name not in seen, f"{name} comes to import itself"
 
 
 def test_public_names():
@@ -98,7 +160,12 @@ def test_wheel_and_sdist_hold_the_kernels(tmp_path):
     )
     [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"fastcon/kernels/svm.py", "fastcon/kernels/multihead_ce.py", "fastcon/py.typed", "fastcon/cli.py"} <= names
+    assert {
+        "fastcon/kernels/svm.py",
+        "fastcon/kernels/multihead_ce.py",
+        "fastcon/py.typed",
+        "fastcon/cli/main.py",
+    } <= names
     assert {"fastcon/study/Snakefile", "fastcon/study/paper/table4.toml", "fastcon/study/paper/small.toml"} <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
     with tarfile.open(sdist) as tar:

@@ -176,7 +176,7 @@ def test_pixels_that_decode_otherwise_are_refused(tmp_path, store_path, proxy, m
     with pytest.raises(FastconError, match="decode differently"):
         pixels.check_pixels(store, proxy, slightly, exact=True)
     real = pixels.decode_samples
-    monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, :, ::-1])
+    monkeypatch.setattr(pixels, "decode_samples", lambda *args: real(*args)[:, :, ::-1])
     with pytest.raises(FastconError, match="decode differently"):
         pixels.check_pixels(store, proxy, MACHINE, exact=False)
 

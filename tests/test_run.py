@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from fastcon import files, info
+from fastcon import info
 from fastcon.cores import Cores
 from fastcon.data.splits import task_name
 from fastcon.errors import FastconError, optional_import
-from fastcon.files import write_atomically
 from fastcon.run import Metrics, Run, Waits
 
 
@@ -42,19 +41,6 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     assert rows == [{"step": 1}, {"step": 2, "again": True}]
 
 
-def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    write_atomically(path, b"old")
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(FastconError, match=r"cannot be written .No space left on device.: free space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 def test_info_says_when_a_run_is_unfinished(tmp_path):
     Run(tmp_path / "run", {"command": "train", "method": "consolidate"}).begin()
     facts, text = info.describe(str(tmp_path / "run"))
@@ -82,16 +68,16 @@ def test_info_adds_up_what_a_run_waited_for(tmp_path, monkeypatch):
         {"pixels": 0.5, "logits": 0.05, "turns": 0, "host": 0.05, "step": 0.4, "seconds": 40}
     )
     assert "time: 50% pixels, 5% logits, 0% turns, 5% host, 40% step of 40 s" in text
-    assert "to be faster: --threads" in text
+    assert "to be faster: `threads`" in text
 
 
 @pytest.mark.parametrize(
     ("waits", "baked", "advice"),
     [
-        ({"pixels": 0.3, "logits": 0.1, "host": 0}, None, "precompute --bake"),
-        ({"pixels": 0.3, "logits": 0.1, "host": 0}, 90, "--threads for as many decoding threads as there are cores"),
-        ({"pixels": 0.1, "logits": 0.3, "host": 0}, None, "--logits uint8"),
-        ({"pixels": 0.1, "logits": 0, "host": 0.2}, None, "--log-every"),
+        ({"pixels": 0.3, "logits": 0.1, "host": 0}, None, "precompute with `bake`"),
+        ({"pixels": 0.3, "logits": 0.1, "host": 0}, 90, "`threads` for as many decoding threads as there are cores"),
+        ({"pixels": 0.1, "logits": 0.3, "host": 0}, None, "`logits` uint8"),
+        ({"pixels": 0.1, "logits": 0, "host": 0.2}, None, "`log_every`"),
         ({"pixels": 0.1, "logits": 0, "turns": 0.5, "host": 0.2}, None, "other fastcon processes"),
     ],
 )
@@ -99,7 +85,7 @@ def test_what_to_change_follows_from_the_largest_wait(waits, baked, advice):
     shares = {"turns": 0} | waits | {"step": 1 - sum(waits.values()), "seconds": 9}
     line = info.diagnosis(shares, {"store": {"recipe": {"bake": baked}}})[1]
     assert advice in line
-    assert ("--bake" in line) == (advice == "precompute --bake")
+    assert ("`bake`" in line) == (advice == "precompute with `bake`")
 
 
 @pytest.mark.parametrize(

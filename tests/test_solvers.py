@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from test_probe import clusters
+from test_few_shot import clusters
 
 from fastcon.errors import FastconError
 from fastcon.transfer import solvers

@@ -30,7 +30,7 @@ def test_parts_of_a_split_make_it_up():
     assert [len(part) for part in parts] == [5] * 5  # 10 % of the classes each, as in the paper
     assert sorted(name for part in parts for name in part) == sorted(splits.split_classes(names, "t", 3))
     assert parts[0] == ["class 6", "class 9", "class 13", "class 20", "class 34"]  # which part is which stays so
-    with pytest.raises(FastconError, match="--split t2/5 leaves 1 of 11 classes"):
+    with pytest.raises(FastconError, match="`split` t2/5 leaves 1 of 11 classes"):
         splits.split_classes(NAMES, "t2/5", 3)
 
 

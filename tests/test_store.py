@@ -179,7 +179,7 @@ def test_changed_images_are_named(store_path, proxy_folder, tmp_path):
 
 def test_a_second_writer_is_refused_and_told_who_holds_it(copy, proxy_folder):
     script = (
-        "import sys; from fastcon.manifest import index; from fastcon.store import open_for_writing, Store\n"
+        "import sys; from fastcon.data.manifest import index; from fastcon.store.reader import Store; from fastcon.store.writer import open_for_writing\n"
         "m = index([sys.argv[2]])\n"
         "with open_for_writing(sys.argv[1], m, Store(sys.argv[1]).recipe, 2, {}): print('held', flush=True); input()"
     )
@@ -224,6 +224,6 @@ def test_leftovers_of_a_killed_write_are_removed(copy, proxy, store_path):
 
 def test_a_store_that_cannot_be_looked_at_is_not_taken_for_none(copy, proxy):
     (copy / "zarr.json").write_text("{ not json")
-    with pytest.raises(FastconError, match="cannot be looked at"), open_for_writing(copy, proxy, RECIPE, 2, {}):
+    with pytest.raises(FastconError, match="cannot be read"), open_for_writing(copy, proxy, RECIPE, 2, {}):
         pass
     assert (copy / "teachers").exists()

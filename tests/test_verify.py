@@ -99,10 +99,8 @@ def test_a_teacher_that_is_gone_or_changed_is_said(copy, tmp_path):
 
 
 def test_pixels_that_decode_otherwise_are_said(store_path, monkeypatch):
-    from fastcon.distill import precompute
-
     real = pixels.decode_samples
-    monkeypatch.setattr(precompute, "decode_samples", lambda *args: real(*args)[:, ::-1])
+    monkeypatch.setattr(pixels, "decode_samples", lambda *args: real(*args)[:, ::-1])
     assert "decode differently" in failed(verify(str(store_path), None, 0, MACHINE))["pixels"]
     monkeypatch.undo()
     checks = verify(str(store_path), None, 0, replace(MACHINE, loader="torchvision"))
@@ -146,7 +144,7 @@ def test_repair_wants_the_pixels_and_the_device_that_were_there(copy):
     assert "decode differently" in seen["letters: repair"]
     rewrite_record(copy, lambda record: record["teachers"]["letters"].update(device="cuda"))
     seen = failed(verify(str(copy), None, 8, MACHINE, repair=True))
-    assert "was computed on cuda: repair it with --device cuda" in seen["letters: repair"]
+    assert "was computed on cuda: repair it with `device` cuda" in seen["letters: repair"]
     assert not chunk_of(copy, 1, 2).exists()
 
 

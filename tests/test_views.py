@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcon import views
+from fastcon.data import views
 
 KNOWN = [  # Random123's known-answer file for philox4x32-10: key, counter, result
     ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

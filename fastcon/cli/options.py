@@ -26,6 +26,7 @@ def group(key: str, cls: type[Options], *, leave: tuple[str, ...] = (), **defaul
         @functools.wraps(function)
         def collected(**given: Any) -> Any:
             values = {name: given.pop(name) for name in shown}
+            values = {name: value for name, value in values.items() if value is not None}  # else its own default
             return function(**given, **{key: cls(**values)})
 
         for name, (field, rule) in reversed(shown.items()):

@@ -35,7 +35,7 @@ def finish(result: Any, json_file: str | None, text: str = "") -> None:
     if Bar._open is not None:
         Bar._open.close()
     if text:
-        click.echo(text)
+        click.echo(flags(text))
     if json_file:
         from fastcon.files import write_json
 
@@ -70,6 +70,7 @@ class Bar:
         self.seconds = 0.0
 
     def __call__(self, done: int, total: int) -> None:
+        """So many are done, of so many."""
         now = time.monotonic()
         if sys.stderr.isatty():
             if self._bar is None:

@@ -116,7 +116,7 @@ def finetune(
         **task.record(),
         "seed": options.seed,
         "shots": options.shots,
-        "trials": options.trials,
+        "trials": options.draws,
         "epochs": options.epochs,
         "lr_grid": list(options.lr_grid),
         "seconds": bar.seconds,
@@ -125,7 +125,7 @@ def finetune(
     finish(
         record,
         json_file,
-        f"{backbone}: {result['accuracy']:.2%} ± {result['ci95']:.2%} ({counted(options.trials or 1, 'trial')}), "
+        f"{backbone}: {result['accuracy']:.2%} ± {result['ci95']:.2%} ({counted(options.draws, 'trial')}), "
         f"fine-tuned on {result['train_images']:,} images of {result['classes']} classes",
     )
 

@@ -24,8 +24,8 @@ def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -
     """
     others = ["float32", "bfloat16", *(["float16"] if pixels.is_cuda else [])]
     cases = {"": (pixels, precision)}
-    cases |= {f"--precision {other}": (pixels, other) for other in others if other != precision}
-    cases[f"--batch-size {2 * len(pixels)}"] = (torch.cat([pixels, pixels]), precision)
+    cases |= {f"`precision` {other}": (pixels, other) for other in others if other != precision}
+    cases[f"`batch_size` {2 * len(pixels)}"] = (torch.cat([pixels, pixels]), precision)
     best = dict.fromkeys(cases, math.inf)
     for round_ in range(ROUNDS + 1):
         for name, (batch, used) in cases.items():

@@ -27,13 +27,13 @@ def choose_heads(
     tasks = [name for name in teachers if name != generalist and (not only or name in only)]
     if method != "traditional" and generalist is None:
         raise FastconError(
-            f"`method` {method} needs a generalist in the store: add one with `fastcon precompute "
-            "--generalist NAME=MODEL`, or train with `method` traditional"
+            f"`method` {method} needs a generalist in the store: add one with precompute "
+            "(`generalist`), or train with `method` traditional"
         )
     if method != "soft-label" and not tasks:
         raise FastconError(
-            f"`method` {method} needs a task-specific teacher in the store: add one with `fastcon precompute "
-            "--teacher NAME=MODEL`, or train with `method` soft-label"
+            f"`method` {method} needs a task-specific teacher in the store: add one with precompute "
+            "(`teacher`), or train with `method` soft-label"
         )
     first = [generalist] if generalist is not None and method != "traditional" else []
     return first + (tasks if method != "soft-label" else [])

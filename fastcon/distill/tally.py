@@ -96,7 +96,7 @@ class Taken(NamedTuple):
         head = next((name for name, value in zip(self.names, sums, strict=False) if not math.isfinite(value)), "?")
         raise FastconError(
             f"the loss is {loss} at step {self.about['step']} (first at head {head!r}); the last good checkpoint is in "
-            f"{out}/checkpoints: use another --out with lower learning rates or `precision` float32"
+            f"{out}/checkpoints: use another `out` with lower learning rates or `precision` float32"
         )
 
     def _values(self) -> list[float]:

@@ -76,18 +76,18 @@ def write_report(
     """
     if not paths and views is None:
         raise FastconError(
-            "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or --views STORE"
+            "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or `views` STORE"
         )
     aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
     for pair in related:
         teacher, equals, task = pair.partition("=")
         if not (teacher and equals and task):
-            raise FastconError(f"--related {pair!r} is not TEACHER=TASK")
+            raise FastconError(f"`related` {pair!r} is not TEACHER=TASK")
         aliases.setdefault(teacher, set()).add(task)
     results = read(paths, generalist)
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.html").exists())):
-        raise FastconError(f"{out} holds other files: give an empty or a new folder as --out")
+        raise FastconError(f"{out} holds other files: give an empty or a new folder as `out`")
     shown = sheet.views(views) if views is not None else ""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "index.html", b"")  # so that a second try finds its own folder

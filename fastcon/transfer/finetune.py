@@ -101,7 +101,7 @@ def finetune(
     run.begin()
     draws = [train]
     if options.shots is not None:
-        trials = range(options.trials or 1)
+        trials = range(options.draws)
         rows = (splits.draw(train.ids, train.labels, options.shots, options.seed, trial) for trial in trials)
         draws = [splits.pick(train, chosen) for chosen in rows]
     tuning.count_to(sum(tuning.steps(draw) for draw in draws), progress)
@@ -170,6 +170,8 @@ class _Tuning:
             "data": data,
         }
         given = {**dataclasses.asdict(options), "precision": machine.precision}
+        if isinstance(options, FinetuneOptions):
+            given["trials"] = options.draws
         run = Run(out, {"command": command, "init": init, **identity, **given}, machine.threads)
         return cls(start, test, run, options, dataclasses.replace(machine, threads=run.threads), say)
 

@@ -72,12 +72,15 @@ class FinetuneOptions(TuneOptions):
     shots: int | None = option(
         None, "Training images per class (multi-label: in all) in each trial; default: all images, once.", low=1
     )
-    trials: int | None = option(None, "Draws of --shots (default: 5).", low=1)
+    trials: int | None = option(None, "Draws of training images (with --shots; default: 5).", low=1)
     seed: int = option(0, "Seed of draws, views, order and the new head.", low=0, high=2**64 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.trials is not None and self.shots is None:
             raise UsageError("`trials` counts draws of `shots` images per class: give `shots`, too")
-        if self.trials is None:
-            object.__setattr__(self, "trials", 1 if self.shots is None else 5)
+
+    @property
+    def draws(self) -> int:
+        """How many training sets are drawn."""
+        return 1 if self.shots is None else self.trials or 5

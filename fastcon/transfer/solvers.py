@@ -183,7 +183,7 @@ def _cuml(train: NDArray, labels: NDArray, cost: float) -> Any:
 def cuml_model(cost: float) -> Any:
     """cuML's LinearSVC for the objective above. Its squared-hinge gradient is half the loss's, so it is given 2C for C."""
     if not torch.cuda.is_available():
-        raise FastconError("--solver cuml needs an NVIDIA GPU, and PyTorch sees none here: use --solver batched")
+        raise FastconError("`solver` cuml needs an NVIDIA GPU, and PyTorch sees none here: use `solver` batched")
     return optional_import("cuml.svm", "cuml").LinearSVC(
         C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, grad_tol=1e-6, max_iter=10_000
     )
