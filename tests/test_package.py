@@ -124,12 +124,6 @@ def test_public_names():
         fastcon.nothing  # noqa: B018
 
 
-def test_the_readmes_tree_names_every_file():
-    tree = (ROOT / "README.md").read_text()
-    for path in [*MODULES, *(ROOT / "bin").iterdir()]:
-        assert path.name in ("__init__.py", "__main__.py") or path.name in tree, path
-
-
 def test_the_lock_pins_what_setup_cfg_asks_for():
     from packaging.markers import Marker
     from packaging.requirements import Requirement

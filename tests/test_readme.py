@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its options exist."""
+"""The README and docs/ are true: their Python runs, their commands parse, their links lead somewhere, their trees are whole."""
 
 from __future__ import annotations
 
@@ -13,68 +13,105 @@ from conftest import BATCH, MACHINE, RECIPE, make_model
 from fastcon import study
 from fastcon.cli.main import main
 from fastcon.data.manifest import index
+from fastcon.data.rendered import write_proxy
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.models.load import load
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+PYTHON = {
+    f"{page.stem} {number}": code
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+}
+PRINTED = {
+    "README 0": r"\{'broad': [\d.]+, 'glyphs': [\d.]+\}\ntorch.Size\(\[32, 3, 48, 48\]\) .*'glyphs'.*\[32, 1024\]",
+    "guide 0": r"^0 \{'broad': [\d.e-]+, 'glyphs': [\d.e-]+\}",
+    "store 0": r"150 images, 1 views, \['broad', 'glyphs'\]\n000\d+\.jpg \[\s*\d+",
+}
 
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory, proxy_folder) -> Path:
-    """What the README's code finds after bin/demo, in small."""
+    """What the documentation's code finds after bin/demo, in small."""
     root = tmp_path_factory.mktemp("readme")
     demo = root / "demo"
-    (demo / "generalist").mkdir(parents=True)
-    make_model(demo / "generalist" / "model.safetensors", [f"thing {k}" for k in range(9)], 1)
-    glyphs = make_model(root / "glyphs.safetensors", ["x", "y"], 2)
+    for name, classes, seed in (("generalist", [f"thing {k}" for k in range(9)], 1), ("teacher", ["x", "y"], 2)):
+        (demo / name).mkdir(parents=True)
+        make_model(demo / name / "model.safetensors", classes, seed)
+    write_proxy(demo / "images" / "proxy", 64)
     teachers = [
         Teacher("broad", "demo/generalist", load(demo / "generalist"), generalist=True),
-        Teacher("glyphs", str(glyphs), load(glyphs)),
+        Teacher("glyphs", "demo/teacher", load(demo / "teacher")),
     ]
     precompute(str(demo / "store"), index([proxy_folder]), teachers, RECIPE, 1, MACHINE, BATCH)
     return root
 
 
-def test_there_are_two_programs():
-    assert len(PYTHON) == 2
-    assert len([line for line in PYTHON[0].splitlines() if line]) <= 20
+def test_the_readme_is_short_and_so_are_its_programs():
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+    assert set(PYTHON) == set(PRINTED)
+    assert len([line for line in PYTHON["README 0"].splitlines() if line]) <= 10
+    assert len([line for line in PYTHON["guide 0"].splitlines() if line]) <= 20
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_python_runs(number, demo_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_python_runs(name, demo_folder, monkeypatch, capsys):
     monkeypatch.chdir(demo_folder)
-    exec(compile(PYTHON[number], f"README.md, block {number}", "exec"), {})
-    printed = capsys.readouterr().out
-    if number == 0:
-        assert re.match(r"0 \{'broad': [\d.e-]+, 'glyphs': [\d.e-]+\}", printed)
-        assert (demo_folder / "student.pt").exists()
-    else:
-        assert "150 images, 1 views, ['broad', 'glyphs']" in printed
-        assert re.search(r"000\d+\.jpg \[\s*\d+", printed)
+    exec(compile(PYTHON[name], name, "exec"), {})
+    assert re.search(PRINTED[name], capsys.readouterr().out)
 
 
-def test_every_command_in_the_readme_parses():
-    shell = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", TEXT, re.S)).replace("\\\n", " ")
-    commands = [
-        line.removeprefix("$ ") for line in shell.splitlines() if line.removeprefix("$ ").startswith("fastcon ")
-    ]
-    assert len(commands) >= 6
-    for line in commands:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_parses(page):
+    shell = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
+    lines = [line.removeprefix("$ ") for line in shell.splitlines()]
+    for line in [line for line in lines if line.startswith("fastcon ")]:
         words = shlex.split(line, comments=True)[1:]
         main.commands[words[0]].make_context(words[0], words[1:])
 
 
-def test_the_study_of_the_readme_is_what_it_says(tmp_path):
-    [toml] = re.findall(r"```toml\n(.*?)```", TEXT, re.S)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place) if place else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, target
+
+
+def test_the_trees_are_whole():
+    modules = [*(ROOT / "fastcon").rglob("*.py"), *(ROOT / "kernels").glob("*.py"), *(ROOT / "bin").iterdir()]
+    names = {path.relative_to(ROOT).as_posix().removeprefix("fastcon/").removeprefix("kernels/") for path in modules}
+    names -= {name for name in names if Path(name).name in ("__init__.py", "__main__.py")}
+    tree = (ROOT / "docs" / "tree.md").read_text()
+    listed = set(re.findall(r"[\w/]+\.py|bin/\w+", tree))
+    assert names <= listed, sorted(names - listed)
+    written = {name for name in listed if not name.startswith(("benchmarks/", "test_"))} - {"test_cli.py"}
+    assert written <= names, sorted(written - names)
+    readme = (ROOT / "README.md").read_text()
+    assert [path.name for path in (ROOT / "fastcon").iterdir() if path.is_dir() and path.name not in readme] == [
+        name for name in ("__pycache__",) if (ROOT / "fastcon" / name).exists()
+    ]
+
+
+def test_the_study_file_is_what_it_says(tmp_path):
+    [toml] = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "paper.md").read_text(), re.S)
     (tmp_path / "own.toml").write_text(toml)
     planned = study.load(str(tmp_path / "own.toml"), data="/data")
     found = collections.Counter(job.command[0] for job in planned.jobs)
-    assert found == {"teach": 2, "precompute": 1, "train": 6, "probe": 3, "report": 1}
+    assert found == {"teach": 4, "precompute": 1, "train": 24, "probe": 5, "report": 1}
 
 
 def test_the_table_of_experiments_counts_right():
-    rows = re.findall(r"^\|[^|]*\| `fastcon study (\w+)` \| ([^|]*) \|", TEXT, re.M)
+    rows = re.findall(
+        r"^\|[^|]*\| `fastcon study (\w+)` \| ([^|]*) \|", (ROOT / "docs" / "paper.md").read_text(), re.M
+    )
     assert {name for name, _ in rows} == set(study.shipped())
     for name, text in rows:
         found = collections.Counter(job.command[0] for job in study.load(name).jobs)

@@ -1,0 +1,95 @@
+"""Probes of a proof study → one record in results/ and its tables. Run: python collect.py OUT NAME [SECONDS_NOTE].
+
+OUT is the folder of `fastcon study`. The record keeps every accuracy of every draw, with commit, hardware and versions.
+Without OUT, `python collect.py` prints the tables of all records.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+METHODS = ("teacher", "traditional", "consolidated")
+
+
+def collect(out: Path, name: str) -> dict[str, Any]:
+    """The record of a study: its probes' accuracies in percent, draw by draw."""
+    from fastcon.bench import record
+
+    rows = []
+    for file in sorted(out.glob("jobs/probe-*.json")):
+        probe = json.loads(file.read_text())
+        for row in probe["results"]:
+            rows.append(
+                {
+                    "task": probe["task"],
+                    "backbone": row["name"],
+                    "method": row["method"],
+                    "teachers": row["teachers"],
+                    "accuracies": [round(100 * value, 3) for value in row["accuracies"]],
+                }
+            )
+    made = record(rows) | {"command": f"fastcon study {name}"}
+    seconds = [json.loads(file.read_text()).get("seconds", 0) for file in out.glob("jobs/*.json")]
+    return {key: made[key] for key in ("command", "commit", "hardware", "versions")} | {
+        "seconds_of_commands": round(sum(seconds)),
+        "rows": rows,
+    }
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Every teacher's task and the others: accuracies, and differences to the generalist, paired over the draws."""
+    rows = record["rows"]
+    general = {row["task"]: row for row in rows if row["method"] == "generalist"}
+    cells: dict[str, dict[str, list[list[float]]]] = {method: {"related": [], "unrelated": []} for method in METHODS}
+    lines = ["| task | representation | accuracy | against the generalist |", "|---|---|---|---|"]
+    for task in sorted(general):
+        base = general[task]["accuracies"]
+        lines.append(f"| {task} | generalist | {_mean(base)} | |")
+        for row in sorted((r for r in rows if r["task"] == task), key=lambda r: (r["teachers"], r["backbone"])):
+            if row["method"] not in METHODS:
+                continue
+            split = task.partition("-split")[2]
+            if split and row["teachers"][0].partition("-split")[2] != split:
+                continue  # its teacher knows another half of the classes
+            related = task.partition(":")[0].partition("-split")[0] == row["teachers"][0].partition("-split")[0]
+            difference = [a - b for a, b in zip(row["accuracies"], base, strict=True)]
+            cells[row["method"]]["related" if related else "unrelated"].append(difference)
+            mark = "**" if related else ""
+            lines.append(
+                f"| {task} | {mark}{row['backbone']}{mark} | {_mean(row['accuracies'])} | {_mean(difference, '+')} |"
+            )
+    head = ["", "| mean difference to the generalist, points | related | unrelated |", "|---|---|---|"]
+    for method in METHODS:
+        kinds = [_over(cells[method][kind]) for kind in ("related", "unrelated")]
+        head.append(f"| {method} | {kinds[0]} | {kinds[1]} |")
+    return "\n".join([*head[1:], "", *lines])
+
+
+def _over(cells: list[list[float]]) -> str:
+    """Mean over teachers, splits and seeds; the interval is over these, each the mean of its draws."""
+    means = [statistics.fmean(cell) for cell in cells]
+    if not means:
+        return "–"
+    spread = 1.96 * statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return f"{statistics.fmean(means):+.2f} ± {spread:.2f} ({len(means)} cells, {min(means):+.1f} to {max(means):+.1f})"
+
+
+def _mean(values: list[float], sign: str = "") -> str:
+    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):{sign}.2f} ± {half:.2f}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        result = HERE / "results" / f"{sys.argv[2]}.json"
+        result.parent.mkdir(exist_ok=True)
+        result.write_text(json.dumps(collect(Path(sys.argv[1]), sys.argv[2]), indent=1) + "\n")
+        print(tables(json.loads(result.read_text())))
+    else:
+        for result in sorted((HERE / "results").glob("*.json")):
+            print(f"## {result.stem}\n\n{tables(json.loads(result.read_text()))}\n")
