@@ -256,7 +256,7 @@ def test_no_space_left_is_one_line(session, folder, tmp_path):
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\n"
-        "from fastcon.cli import main; main()"
+        "from fastcon.cli.main import main; main()"
     )
     args = ["precompute", str(folder), "--store", str(tmp_path / "s"), "--views", "1", "--size", "32", "--teacher",
             f"shapes={session}/teacher"]  # fmt: skip
@@ -346,20 +346,19 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, message):
 
 def test_features_of_the_images_that_draws_touch_are_enough(tmp_path, labelled_folder, teacher_file, monkeypatch):
     """Of a large set a probe computes no more; the accuracies are the same."""
-    from fastcon.transfer import features
-    from fastcon.transfer import probe as cli
+    from fastcon.transfer import probe as stage
 
     sizes = []
-    real = features.features
+    real = stage.features
 
     def spy(model, manifest, *rest):
         sizes.append(len(manifest))
         return real(model, manifest, *rest)
 
-    monkeypatch.setattr(features, "features", spy)
+    monkeypatch.setattr(stage, "features", spy)
     found = []
     for few in (10, 0):
-        monkeypatch.setattr(cli, "FEW", few)
+        monkeypatch.setattr(stage, "FEW", few)
         fastcon("probe", teacher_file, "--train", labelled_folder, "--holdout", 0.5, "--split", "d", "--shots", 2,
                 "--trials", 2, "--folds", 2, "--json", tmp_path / "probe.json")  # fmt: skip
         found.append(json.loads((tmp_path / "probe.json").read_text()))

@@ -84,7 +84,7 @@ def test_candidates_are_all_pairs_within_the_distance():
     assert dedup._candidates(a, b, 4, None, None) == [(2, 29), (13, 5)]
     for distance in (8, 20):
         every = [(i, j) for i in range(20) for j in range(30) if dedup._bits(a[i], b[j]) <= distance]
-        assert dedup._candidates(a, b, distance, None) == every
+        assert dedup._candidates(a, b, distance, None, None) == every
 
 
 def test_even_pictures_are_no_duplicates():

@@ -265,7 +265,7 @@ def test_broken_images_among_good_ones(tmp_path, teachers):
     import os
 
     from test_manifest import encoded, write
-    from test_pipeline import rotated, sixteen_bit
+    from test_decode import rotated, sixteen_bit
 
     folder = tmp_path / "images"
     bad = {
@@ -310,9 +310,10 @@ def test_an_overflowed_step_in_float16_is_skipped(tmp_path, store_path, generali
         torch.amp, "GradScaler", lambda device, enabled: real(device, init_scale=2.0**60, enabled=enabled)
     )
     options = replace(QUICK, epochs=1)
-    train(str(store_path), str(tmp_path / "skipped"), options, MACHINE, UPKEEP)
+    half = replace(MACHINE, precision="float16")
+    train(str(store_path), str(tmp_path / "skipped"), options, half, UPKEEP)
     monkeypatch.undo()
-    train(str(store_path), str(tmp_path / "moved"), options, MACHINE, UPKEEP)
+    train(str(store_path), str(tmp_path / "moved"), options, half, UPKEEP)
     skipped, moved = (load_file(tmp_path / run / "student.safetensors") for run in ("skipped", "moved"))
     start = load_file(generalist_file)
     weight = "conv1.0.weight"

@@ -241,7 +241,7 @@ def test_a_run_gives_curves_and_a_store_views(tmp_path, store_path):
     logits = store.logits("letters", 0, 0)[rows[0]].astype(float) / 2
     best = int(logits.argmax())
     share = float(np.exp(logits[best]) / np.exp(logits).sum())
-    assert f"<b>letters</b>: {store.teachers['letters']['classes'][best]} {share:.0%}" in page
+    assert f"<b>letters</b>: {store.teachers['letters'].classes[best]} {share:.0%}" in page
 
 
 def test_the_top_classes_of_a_sigmoid_head():

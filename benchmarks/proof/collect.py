@@ -1,6 +1,6 @@
-"""Probes of a proof study → one record in results/ and its tables. Run: python collect.py OUT NAME [SECONDS_NOTE].
+"""Probes of a proof study → one record in results/ and its tables. Run: python collect.py OUT NAME COMMIT.
 
-OUT is the folder of `fastcon study`. The record keeps every accuracy of every draw, with commit, hardware and versions.
+OUT is the folder of `fastcon study`, COMMIT what it ran. The record keeps every accuracy of every draw, hardware and versions.
 Without OUT, `python collect.py` prints the tables of all records.
 """
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 METHODS = ("teacher", "traditional", "consolidated")
 
 
-def collect(out: Path, name: str) -> dict[str, Any]:
+def collect(out: Path, name: str, commit: str) -> dict[str, Any]:
     """The record of a study: its probes' accuracies in percent, draw by draw."""
     from fastcon.bench import record
 
@@ -33,7 +33,9 @@ def collect(out: Path, name: str) -> dict[str, Any]:
                     "accuracies": [round(100 * value, 3) for value in row["accuracies"]],
                 }
             )
-    made = record(rows) | {"command": f"fastcon study {name}"}
+    overlay = " --overlay benchmarks/proof/lite0.toml" * (name == "lite0")
+    command = f"fastcon study benchmarks/proof/headline.toml{overlay} --out {name}"
+    made = record(rows) | {"command": command, "commit": commit}
     seconds = [json.loads(file.read_text()).get("seconds", 0) for file in out.glob("jobs/*.json")]
     return {key: made[key] for key in ("command", "commit", "hardware", "versions")} | {
         "seconds_of_commands": round(sum(seconds)),
@@ -85,10 +87,10 @@ def _mean(values: list[float], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
         result = HERE / "results" / f"{sys.argv[2]}.json"
         result.parent.mkdir(exist_ok=True)
-        result.write_text(json.dumps(collect(Path(sys.argv[1]), sys.argv[2]), indent=1) + "\n")
+        result.write_text(json.dumps(collect(Path(sys.argv[1]), *sys.argv[2:4]), indent=1) + "\n")
         print(tables(json.loads(result.read_text())))
     else:
         for result in sorted((HERE / "results").glob("*.json")):
