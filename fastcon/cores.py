@@ -35,7 +35,7 @@ def cores() -> int:
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, as by whoever shares cores out among jobs; else one a core."""
+    """OMP_NUM_THREADS where it is set, as by whoever shares cores out among jobs; else one per core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) else cores()
 

@@ -7,14 +7,14 @@ transfer. The result is what it is: no figure is fixed.
 
 from __future__ import annotations
 
-import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastcon.data import rendered
-from fastcon.files import write_atomically
+from fastcon.files import write_atomically, write_json
 
 SIZE = 48
 TASKS = {"glyphs": "related", "shapes": "unrelated", "textures": "unrelated", "digits": "unrelated"}
@@ -22,124 +22,71 @@ Command = Callable[[list[str]], dict[str, Any]]
 """Runs a fastcon command given as arguments and returns what it reports as JSON."""
 
 
+METHODS = ("traditional", "soft-label", "consolidate")
+TEACH = (
+    "teach --train {images} --holdout {share} --split {split} --init {init} --lr-grid {rate} --scale 0.35 1 --out {out}"
+)
+PRECOMPUTE = (
+    "precompute {images} --store {store} --views 2 --size {size} --scale 0.2 1 --generalist broad={generalist} "
+    "--teacher glyphs={teacher}"
+)
+TRAIN = "train --store {store} --method {method} --epochs 5 --lr-backbone 0.01 --lr-heads 0.05 --out {out}"
+
+
 def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any]:
     """Make everything in the folder `out` and return the table, the speeds and where the files are."""
     root, started = Path(out), time.monotonic()
     say(f"== images, rendered into {root}/images")
     _render(root / "images")
-    data = {name: str(root / "images" / name) for name in ("broad", "proxy", *TASKS)}
-    generalist, teacher, store = str(root / "generalist"), str(root / "teacher"), str(root / "store")
+    images, store = root / "images", str(root / "store")
+    backbones = {name: str(root / name) for name in ("generalist", "teacher", *METHODS)}
 
-    def call(title: str, *args: str) -> dict[str, Any]:
-        say(f"\n== {title}\n$ fastcon {' '.join(args)}")
-        return command(list(args))
+    def call(title: str, text: str, *more: str, **values: Any) -> dict[str, Any]:
+        words = [*(word.format(**values) for word in text.split()), *more]
+        say(f"\n== {title}\n$ fastcon {shlex.join(words)}")
+        return command(words)
 
     call(
         "a generalist, trained from scratch on 36 classes of all domains",
-        "teach",
-        "--train",
-        data["broad"],
-        "--holdout",
-        "0.2",
-        "--split",
-        "none",
-        "--init",
-        f"torchvision:resnet18?size={SIZE}",
-        "--lr-grid",
-        "0.02",
-        "--epochs",
-        "14",
-        "--scale",
-        "0.35",
-        "1",
-        "--out",
-        generalist,
-    )
+        TEACH + " --epochs 14",
+        images=images / "broad", share=0.2, split="none", init=f"torchvision:resnet18?size={SIZE}", rate=0.02,
+        out=backbones["generalist"],
+    )  # fmt: skip
     call(
         "a teacher: the generalist fine-tuned on the t-split of the glyphs",
-        "teach",
-        "--train",
-        data["glyphs"],
-        "--holdout",
-        "0.5",
-        "--split",
-        "t",
-        "--init",
-        generalist,
-        "--lr-grid",
-        "0.01",
-        "--epochs",
-        "20",
-        "--scale",
-        "0.35",
-        "1",
-        "--out",
-        teacher,
-    )
+        TEACH + " --epochs 20",
+        images=images / "glyphs", share=0.5, split="t", init=backbones["generalist"], rate=0.01, out=backbones["teacher"],
+    )  # fmt: skip
     stored = call(
         "every teacher once over two views of every proxy image",
-        "precompute",
-        data["proxy"],
-        "--store",
-        store,
-        "--views",
-        "2",
-        "--size",
-        str(SIZE),
-        "--scale",
-        "0.2",
-        "1",
-        "--generalist",
-        f"broad={generalist}",
-        "--teacher",
-        f"glyphs={teacher}",
-    )
-    call("is the store whole and true?", "verify", store)
-    methods = ("traditional", "soft-label", "consolidate")
+        PRECOMPUTE,
+        images=images / "proxy", store=store, size=SIZE, **backbones,
+    )  # fmt: skip
+    call("is the store whole and true?", "verify {store}", store=store)
     trained = [
-        call(
-            f"a student: {method}",
-            "train",
-            "--store",
-            store,
-            "--method",
-            method,
-            "--epochs",
-            "5",
-            "--lr-backbone",
-            "0.01",
-            "--lr-heads",
-            "0.05",
-            "--out",
-            str(root / method),
-        )
-        for method in methods
+        call(f"a student: {method}", TRAIN, store=store, method=method, out=backbones[method]) for method in METHODS
     ]
-    backbones = {"generalist": generalist, "teacher": teacher, **{method: str(root / method) for method in methods}}
     accuracy: dict[str, dict[str, float]] = {name: {} for name in backbones}
     for task in TASKS:
         probe = call(
             f"5-shot probes on {task}, 10 draws of training images",
-            "probe",
+            "probe --train {images} --holdout 0.5 --split {split} --trials 10",
             *backbones.values(),
-            "--train",
-            data[task],
-            "--holdout",
-            "0.5",
-            "--split",
-            "d" if task == "glyphs" else "none",
-            "--trials",
-            "10",
-        )
+            images=images / task, split="d" if task == "glyphs" else "none",
+        )  # fmt: skip
         for name, row in zip(backbones, probe["results"], strict=True):
             accuracy[name][task] = row["accuracy"]
-        write_atomically(root / f"probe-{task}.json", (json.dumps(probe, indent=2) + "\n").encode())
+        write_json(root / f"probe-{task}.json", probe)
     _contact_sheet(root / "samples.png")
     probes = [str(root / f"probe-{task}.json") for task in TASKS]
-    runs = [str(root / method) for method in methods]
-    out = str(root / "report")
+    runs = [backbones[method] for method in METHODS]
     call(
-        "all of it on one page", "report", *probes, *runs, "--generalist", "generalist", "--views", store, "--out", out
+        "all of it on one page",
+        "report --generalist generalist --views {store} --out {out}",
+        *probes,
+        *runs,
+        store=store,
+        out=root / "report",
     )
     result: dict[str, Any] = {
         "accuracy": accuracy,
@@ -148,7 +95,13 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
         "train_images_per_second": _rate(trained[-1], "step", 32),
     }
     write_atomically(root / "table.md", table(accuracy).encode())
-    write_atomically(root / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(root / "result.json", result)
+    _summarise(root, result, say)
+    return result
+
+
+def _summarise(root: Path, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    accuracy = result["accuracy"]
     say(f"\n== 5-shot accuracy in percent: whose frozen features transfer?\n\n{table(accuracy)}")
     say(_answer(accuracy))
     say(
@@ -156,14 +109,13 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
         f"train {_speed(result['train_images_per_second'])} img/s, everything {result['seconds']:.0f} s"
     )
     say(
-        f"page {root}/report/index.html · table {root}/table.md · images {root}/samples.png · store {store} · student "
-        f"{root}/consolidate/student.safetensors"
+        f"page {root}/report/index.html · table {root}/table.md · images {root}/samples.png · store {root}/store · "
+        f"student {root}/consolidate/student.safetensors"
     )
-    return result
 
 
 def table(accuracy: dict[str, dict[str, float]]) -> str:
-    """The accuracies as a Markdown table: a row a representation, related and unrelated tasks apart."""
+    """The accuracies as a Markdown table: one row per representation, related and unrelated tasks apart."""
     tasks = list(TASKS)
     head = [f"{task} ({TASKS[task]})" for task in tasks] + ["unrelated, mean"]
     lines = ["| representation | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]

@@ -29,7 +29,7 @@ STEPS = 255
 class Segments:
     """Where each head's logits lie in a row of [sum C] columns, and how its loss is taken.
 
-    All tuples have one entry a head: first column, number of classes, weight (lambda), temperature (T)
+    All tuples have one entry per head: first column, number of classes, weight (lambda), temperature (T)
     and kind: "softmax", or "sigmoid" for a multi-label teacher.
     """
 
@@ -42,7 +42,7 @@ class Segments:
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"a segment table needs one entry a head in every column, got lengths {lengths}")
+            raise ValueError(f"a segment table needs one entry per head in every column, got lengths {lengths}")
         if min(self.widths) < 1 or min(self.temperatures) <= 0 or min(self.weights) < 0:
             raise ValueError("a head needs at least one class, T > 0 and a weight >= 0")
         if not set(self.kinds) <= set(KINDS):

@@ -264,8 +264,8 @@ def test_broken_images_among_good_ones(tmp_path, teachers):
     """17 kinds: each is decoded alike by both loaders, or on the reject list with a reason; the run goes on."""
     import os
 
-    from test_manifest import encoded, write
     from test_decode import rotated, sixteen_bit
+    from test_manifest import encoded, write
 
     folder = tmp_path / "images"
     bad = {

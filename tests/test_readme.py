@@ -109,9 +109,7 @@ def test_the_study_file_is_what_it_says(tmp_path):
 
 
 def test_the_table_of_experiments_counts_right():
-    rows = re.findall(
-        r"^\|[^|]*\| `fastcon study (\w+)` \| ([^|]*) \|", (ROOT / "docs" / "paper.md").read_text(), re.M
-    )
+    rows = re.findall(r"^\|[^|]*\| `fastcon study (\w+)` \| ([^|]*) \|", (ROOT / "docs" / "paper.md").read_text(), re.M)
     assert {name for name, _ in rows} == set(study.shipped())
     for name, text in rows:
         found = collections.Counter(job.command[0] for job in study.load(name).jobs)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from conftest import rng
 
+from fastcon.data.published import RELATED_IN_PRINT as RELATED
 from fastcon.errors import FastconError
 from fastcon.report import write_report
-from fastcon.report.results import RELATED, read
+from fastcon.report.results import read
 from fastcon.report.sheet import top
 from fastcon.report.tally import tally
 from fastcon.store.reader import Store

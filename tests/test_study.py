@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcon import render, study
+from fastcon import study
 from fastcon.cli import main
+from fastcon.data import rendered
 from fastcon.errors import FastconError
 from fastcon.study import plan
 
@@ -240,7 +241,7 @@ def test_braces_spaces_and_dollars_reach_the_commands_as_they_are(tmp_path):
     root = tmp_path / "a $(touch PWNED) {b} +"
     for k in range(8):
         for half in "xy":
-            render.write_classes(root / half, "shapes", range(k, k + 1), 6)
+            rendered.write_classes(root / half, "shapes", range(k, k + 1), 6)
     text = TINY.replace('"rendered:shapes?classes=0-7&images=12"', f"'{root}/{{x,y}}'")
     (tmp_path / "odd.toml").write_text(text.replace("{b}", "b"))
     (root.rename(tmp_path / "a $(touch PWNED) b +"))

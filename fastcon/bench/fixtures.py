@@ -26,7 +26,7 @@ RENDERED = 256
 def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
     """JPEGs of that size with the detail and the bytes of photos: a rendered image enlarged, over noise of falling strength.
 
-    At this quality they take 0.57 bytes a pixel, as ImageNet's photos do (0.57 over 63 of them; 0.36 at quality 90).
+    At this quality they take 0.57 bytes per pixel, as ImageNet's photos do (0.57 over 63 of them; 0.36 at quality 90).
     """
     from PIL import Image
 

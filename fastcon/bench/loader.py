@@ -34,7 +34,7 @@ def bench(
     rounds: int = 5,
     size: tuple[int, int] = (500, 375),
 ) -> list[Row]:
-    """img/s of `count` photos x `views` views to 224 px, from the first batch on, decoding threads or workers: one a core.
+    """img/s of `count` photos x `views` views to 224 px, from the first batch on, decoding threads or workers: one per core.
 
     What is fast goes through the views several times over, so that every variant takes about a second a round.
     torchvision's DataLoader reads the same files and cuts the same crops; FFCV, where it is installed, reads its own

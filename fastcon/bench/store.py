@@ -27,7 +27,7 @@ def bench(
 ) -> list[Row]:
     """Rows/s of checked chunks in training order, and gathered into batches, against reading the files' bytes.
 
-    Then, for each codec, on the teachers' logits of the store `logits_of` (default: random ones): bytes a row, KL(teacher
+    Then, for each codec, on the teachers' logits of the store `logits_of` (default: random ones): bytes per row, KL(teacher
     || decoded) at T = 2 in nats, mean and worst, and the share of rows with the same argmax.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,7 +110,7 @@ def _quality(name: str, kind: str, logits: torch.Tensor, say: Say) -> Row:
     kl = (p.exp() * (p - q)).sum(1)
     same = (logits.argmax(1) == decoded.argmax(1)).double().mean().item()
     ours, theirs = chosen.row_bytes(classes), codec("float16").row_bytes(classes)
-    row: dict[str, Any] = compared("codec", [float(ours)], [float(theirs)], "bytes a row", "cpu")
+    row: dict[str, Any] = compared("codec", [float(ours)], [float(theirs)], "bytes per row", "cpu")
     row |= {"case": f"{kind}, {name}, {classes} classes", "kl_mean": kl.mean().item(), "kl_worst": kl.max().item()}
     row |= {"same_argmax": same, "n": len(logits)}
     say(f"{row['case']}: {ours} bytes, KL {row['kl_mean']:.1e} (worst {row['kl_worst']:.1e}), argmax {same:.2%}")

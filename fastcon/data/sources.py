@@ -22,7 +22,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 
 
 class Listing:
-    """Columns under construction, one entry an image, with no Python object kept per image.
+    """Columns under construction, one entry per image, with no Python object kept per image.
 
     containers: folders and tar files; container, offset, size: where an image lies (offset -1: a file of
     its own under the folder); names: relative to the source; labels: class indices of an image.

@@ -18,7 +18,7 @@ from fastcon.data.manifest import Manifest
 from fastcon.errors import FastconError, UsageError
 
 SHOTS, MULTI_LABEL_SHOTS = 5, 1000
-"""The paper's few shots: images a class; of a multi-label task images in all."""
+"""The paper's few shots: images per class; of a multi-label task images in all."""
 _SPLIT = re.compile(r"none|([td])(?:([1-9]\d*)/([1-9]\d*))?")
 
 
@@ -64,7 +64,7 @@ def labelled(
     _require_labels(train)
     if split != "none" and train.multi_hot.shape[1]:
         raise FastconError(
-            f"{', '.join(train.sources)} has several labels an image: its classes cannot be split, choose groups of "
+            f"{', '.join(train.sources)} has several labels per image: its classes cannot be split, choose groups of "
             "labels instead (`split` none)"
         )
     classes = split_classes(train.classes, split, seed)
@@ -163,7 +163,7 @@ def _multi_label(manifest: Manifest, classes: Sequence[str], within: NDArray[np.
 
 
 def draw(ids: NDArray[np.uint64], labels: NDArray[np.int64], shots: int, seed: int, trial: int) -> NDArray[np.intp]:
-    """Positions of `shots` images a class (all of a smaller class), a pure function of (seed, ids, trial).
+    """Positions of `shots` images per class (all of a smaller class), a pure function of (seed, ids, trial).
 
     Of multi-label images [n, C]: `shots` images in all.
     """
@@ -196,7 +196,7 @@ def fold_of(ids: NDArray[np.uint64], labels: NDArray[np.int64], folds: int, seed
 
 
 def _strata(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What is drawn from evenly [n]: the classes; several labels an image make no strata."""
+    """What is drawn from evenly [n]: the classes; several labels per image make no strata."""
     return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 

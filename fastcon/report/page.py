@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcon.data.published import RELATED_IN_PRINT
 from fastcon.errors import FastconError
 from fastcon.files import write_atomically
 from fastcon.report import figures, sheet, tables
-from fastcon.report.results import RELATED, Results, Table, read
+from fastcon.report.results import Results, Table, read
 from fastcon.report.tally import Line, tally
 
 THRESHOLD = 1.5
@@ -78,7 +79,7 @@ def write_report(
         raise FastconError(
             "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or `views` STORE"
         )
-    aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
+    aliases = {teacher: set(tasks) for teacher, tasks in RELATED_IN_PRINT.items()}
     for pair in related:
         teacher, equals, task = pair.partition("=")
         if not (teacher and equals and task):

@@ -19,8 +19,6 @@ from fastcon.models.origin import origin
 from fastcon.run import Waits
 
 METHODS = ("generalist", "soft-label", "teacher", "traditional", "consolidated")
-RELATED = {"iFood": {"Food101"}, "iNaturalist": {"Flowers", "Birds"}, "CUB": {"Birds"}}
-"""Tasks related to a teacher besides its own, in the paper."""
 UPSTREAM = "upstream accuracy"
 _PAPER = re.compile(r"(?P<teachers>.+?)(?P<rest> \(t-split\)| category task| 10%).*")
 _SCENARIO = re.compile(r"[^+]+? (\(t-split\)|category task) (repr\. consolid\.|trad\. distill)")

@@ -1,7 +1,7 @@
 """Views baked into a store: each crop that the teachers see, as a small JPEG in a tar shard of the store.
 
 Decoding the whole photo and cutting the crop out of it happens once, here; teachers and students decode the JPEG.
-Shards are WebDataset tars, one a chunk, their members in row order: the file of row 5 of view 0 is
+Shards are WebDataset tars, one per chunk, their members in row order: the file of row 5 of view 0 is
 STORE/shards/view-000/chunk-00000.tar/000000005.jpg.
 """
 

@@ -78,7 +78,7 @@ class Float(Codec):
 
 
 class Quantised(Codec):
-    """One byte a class and eight bytes a row: z = offset - scale * code^2, rounded to the nearest step.
+    """One byte per class and eight bytes per row: z = offset - scale * code^2, rounded to the nearest step.
 
     The offset is the row's largest logit (code 0), the smallest gets code 255. Steps are finest near the largest
     logits, where the probability is, so the argmax survives and the KL is of the order of 1e-5 nats.

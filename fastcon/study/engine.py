@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcon.errors import FastconError, Interrupted, optional_import
-from fastcon.files import write_atomically
+from fastcon.files import write_json
 from fastcon.run import stop_signals
 from fastcon.study.plan import Job, Study
 
@@ -158,7 +158,7 @@ def _write(folder: Path, study: Study) -> None:
     commands = (_plan(folder) or {"commands": {}})["commands"] | {job.name: list(job.command) for job in study.jobs}
     (folder / "jobs").mkdir(exist_ok=True)
     plan = {"study": study.name, "title": study.title, "jobs": jobs, "commands": commands}
-    write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+    write_json(folder / PLAN, plan)
 
 
 def _shell(command: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Accuracies (fractions) of a probe, one a trial, and the C each trial chose."""
+    """Accuracies (fractions) of a probe, one per trial, and the C each trial chose."""
 
     accuracies: list[float]
     chosen_c: list[float]
@@ -78,15 +78,15 @@ def few_shot(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Accuracy on the test set of linear SVMs trained on `shots` images a class, over `trials` draws.
+    """Accuracy on the test set of linear SVMs trained on `shots` images per class, over `trials` draws.
 
     features [n, D], labels [n] and test_features [m, D], test_labels [m]: arrays; labels count from 0. Labels [n, K] of
     zeros and ones are a multi-label task: K binary problems, the accuracy is the mean over images and labels, draws and
-    folds are random instead of stratified. shots: images a class (all of a smaller class), of a multi-label task images
+    folds are random instead of stratified. shots: images per class (all of a smaller class), of a multi-label task images
     in all; None: all images, once. ids [n]: what the draws depend on besides the seed
     (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
     (default: as many as labels occur). device: where the batched solver works: cpu, cuda …; auto: a GPU if there is one.
-    threads: trials at a time on a CPU (default: one a core).
+    threads: trials at a time on a CPU (default: one per core).
     Raises FastconError.
     """
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
@@ -129,7 +129,7 @@ def few_shot(
 
 
 def _in_order(run: Callable[[int], T], count: int, side_by_side: bool, threads: int | None) -> Iterator[T]:
-    """Trials in order; side by side: one a core, as threads inside so small a problem gain little."""
+    """Trials in order; side by side: one per core, as threads inside so small a problem gain little."""
     if count == 1 or not side_by_side:
         yield from map(run, range(count))
         return
