@@ -38,7 +38,7 @@ def demo_folder(tmp_path_factory, proxy_folder) -> Path:
     demo = root / "demo"
     for name, classes, seed in (("generalist", [f"thing {k}" for k in range(9)], 1), ("teacher", ["x", "y"], 2)):
         (demo / name).mkdir(parents=True)
-        make_model(demo / name / "model.safetensors", classes, seed)
+        make_model(demo / name / "model.safetensors", classes, seed, size=48)
     write_proxy(demo / "images" / "proxy", 64)
     teachers = [
         Teacher("broad", "demo/generalist", load(demo / "generalist"), generalist=True),
