@@ -291,7 +291,7 @@ def test_shapes_that_do_not_fit(student, teacher, message):
 
 
 def test_tables_that_cannot_be():
-    with pytest.raises(ValueError, match="one entry a head"):
+    with pytest.raises(ValueError, match="one entry per head"):
         Segments((0,), (1, 2), (1.0,), (1.0,), ("softmax",))
     with pytest.raises(ValueError, match="T > 0"):
         Segments((0,), (1,), (1.0,), (0.0,), ("softmax",))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcon import study
-from fastcon.cli import main
+from fastcon.cli.main import main
 from fastcon.data import rendered
 from fastcon.errors import FastconError
 from fastcon.study import plan
