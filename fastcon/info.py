@@ -23,6 +23,7 @@ def describe(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _store(path: str) -> tuple[dict[str, Any], str]:
+    from fastcon.models.origin import is_random
     from fastcon.store.format import FORMAT
     from fastcon.store.reader import Store
 
@@ -41,8 +42,9 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
     for name, teacher in store.teachers.items():
         finished = store.done(name)
         done[name] = float(finished.mean())
+        weights = " with random weights" if teacher.spec and is_random(teacher.spec) else ""
         lines.append(
-            f"  {teacher.role:11}{name}: {len(teacher.classes)} classes, {teacher.architecture}, "
+            f"  {teacher.role:11}{name}: {len(teacher.classes)} classes, {teacher.architecture}{weights}, "
             f"{teacher.size} px, {teacher.logits} logits, {teacher.precision}, {done[name]:.0%} done"
         )
     return {

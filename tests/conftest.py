@@ -70,7 +70,7 @@ def proxy(proxy_folder: Path) -> Manifest:
 def make_model(path: Path, classes: list[str], seed: int, size: int = 32) -> Path:
     """A small network with random weights and lively batch statistics, written as fastcon writes weights."""
     torch.manual_seed(seed)
-    model = load(f"{ARCHITECTURE}?size={size}", classes=classes).train()
+    model = load(f"{ARCHITECTURE}@random?size={size}", classes=classes).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain average, so that few batches settle it

@@ -26,6 +26,7 @@ COMMANDS = [
     "study",
     "data",
     "verify",
+    "forget",
     "info",
     "report",
     "dedup",
@@ -233,7 +234,9 @@ def test_refused_one_class_for_a_probe(session, proxy_folder):
 
 def test_refused_a_missing_dependency(proxy_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # what importing it then does: ImportError
-    line = refusal("precompute", proxy_folder, "--store", tmp_path / "s", "--views", 1, "--teacher", "a=timm:resnet10t")
+    line = refusal(
+        "precompute", proxy_folder, "--store", tmp_path / "s", "--views", 1, "--teacher", "a=timm:resnet10t@random"
+    )
     assert "pip install 'fastcon[timm]' brings it" in line
 
 
@@ -248,6 +251,32 @@ def test_verify_exits_1_for_a_damaged_store(session, tmp_path):
     assert "FAILED  shapes: chunks" in result.stdout
     assert "1 of 8 checks failed" in result.stderr
     assert "ok      shapes: chunks" in fastcon("verify", path, "--rows", 4, "--repair").stdout
+
+
+def test_a_teacher_is_forgotten(session, tmp_path):
+    shutil.copytree(session / "store", tmp_path / "s")
+    said = fastcon("forget", tmp_path / "s", "shapes", "--json", tmp_path / "f.json").stdout
+    assert re.search(r"shapes is gone, [\d.]+ \w+ freed; left: general", said)
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert result["teachers"] == ["general"]
+    assert result["bytes_freed"] > 150 * 2 * 3 * 2
+    assert "has no teacher 'shapes': there are general" in refusal("forget", tmp_path / "s", "shapes")
+
+
+def test_random_weights_are_said(session, folder, tmp_path):
+    model = "torchvision:shufflenet_v2_x0_5"
+    line = refusal("precompute", folder, "--store", tmp_path / "s", "--views", 1, "--teacher", f"a={model}")
+    assert (
+        f"{model} names no weights: say {model}@IMAGENET1K_V1, {model}@FILE, or {model}@random for random ones" in line
+    )
+    assert not (tmp_path / "s").exists()
+    assert "names no weights" in refusal(
+        "train", "--store", session / "store", "--out", tmp_path / "r", "--student", model
+    )
+    result = fastcon("precompute", folder, "--store", tmp_path / "s", "--views", 1, "--size", 32, "--teacher",
+                     f"a={model}@random?size=32")  # fmt: skip
+    assert "a (1000 classes, random weights)" in result.stderr
+    assert "shufflenet_v2_x0_5 with random weights" in fastcon("info", tmp_path / "s").stdout
 
 
 def test_no_space_left_is_one_line(session, folder, tmp_path):

@@ -23,6 +23,7 @@ from fastcon.transfer.finetune import teach
 from fastcon.transfer.options import FinetuneOptions, TuneOptions
 
 INIT = "torchvision:resnet18?size=32"
+BACKBONE = "torchvision:resnet18@random?size=32"
 OPTIONS = TuneOptions(epochs=8, lr_grid=(0.02,), batch_size=16, scale=(0.5, 1.0))
 DOWNSTREAM = FinetuneOptions(lr_grid=(0.02,), batch_size=16, scale=(0.5, 1.0))
 MACHINE = Machine("cpu", "float32")
@@ -204,6 +205,7 @@ def test_a_diverging_rate_leaves_the_others(parts, tmp_path):
     result = teach(INIT, *parts, str(tmp_path / "run"), options, MACHINE, say=said.append)
     assert result["lr"] == 0.02
     assert list(result["tried"]) == ["0.02"]
+    assert said[0] == "starts from torchvision:resnet18?size=32, random weights, at 32 px"
     assert any("learning rate 1e+20 is out" in line for line in said)
 
 
@@ -224,7 +226,9 @@ def test_few_shots_are_the_draws_of_the_probes(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune, "fit", spy)
     options = replace(DOWNSTREAM, epochs=2, seed=3)
-    result = finetune.finetune(INIT, train, test, str(tmp_path / "few"), replace(options, shots=4, trials=2), MACHINE)
+    result = finetune.finetune(
+        BACKBONE, train, test, str(tmp_path / "few"), replace(options, shots=4, trials=2), MACHINE
+    )
     drawn = [train.indices[splits.draw(train.ids, train.labels, 4, 3, trial)].tolist() for trial in range(2)]
     assert seen == drawn
     assert drawn[0] != drawn[1]
@@ -233,7 +237,7 @@ def test_few_shots_are_the_draws_of_the_probes(parts, tmp_path, monkeypatch):
     assert not (tmp_path / "few" / "model.safetensors").exists()
     said: list[str] = []
     again = finetune.finetune(
-        INIT, train, test, str(tmp_path / "few"), replace(options, shots=4, trials=2), MACHINE, say=said.append
+        BACKBONE, train, test, str(tmp_path / "few"), replace(options, shots=4, trials=2), MACHINE, say=said.append
     )
     assert again == result
     assert "nothing to do" in said[0]
@@ -241,7 +245,7 @@ def test_few_shots_are_the_draws_of_the_probes(parts, tmp_path, monkeypatch):
 
 def test_few_shots_resume_after_the_trials_that_are_done(parts, tmp_path):
     options = replace(DOWNSTREAM, epochs=2)
-    whole = finetune.finetune(INIT, *parts, str(tmp_path / "whole"), replace(options, shots=4, trials=3), MACHINE)
+    whole = finetune.finetune(BACKBONE, *parts, str(tmp_path / "whole"), replace(options, shots=4, trials=3), MACHINE)
     steps = []
 
     def bomb(done, total):
@@ -251,13 +255,13 @@ def test_few_shots_resume_after_the_trials_that_are_done(parts, tmp_path):
 
     with pytest.raises(_Stop):
         finetune.finetune(
-            INIT, *parts, str(tmp_path / "cut"), replace(options, shots=4, trials=3), MACHINE, progress=bomb
+            BACKBONE, *parts, str(tmp_path / "cut"), replace(options, shots=4, trials=3), MACHINE, progress=bomb
         )
     assert (tmp_path / "cut" / "trial-0.json").exists()
     assert not (tmp_path / "cut" / "result.json").exists()
     resumed = []
     again = finetune.finetune(
-        INIT, *parts, str(tmp_path / "cut"), replace(options, shots=4, trials=3), MACHINE,
+        BACKBONE, *parts, str(tmp_path / "cut"), replace(options, shots=4, trials=3), MACHINE,
         progress=lambda done, total: resumed.append((done, total)),
     )  # fmt: skip
     assert again == whole
@@ -266,7 +270,7 @@ def test_few_shots_resume_after_the_trials_that_are_done(parts, tmp_path):
 
 def test_all_images_make_a_model(taught, parts, tmp_path):
     options = replace(DOWNSTREAM, epochs=5)
-    result = finetune.finetune(INIT, *parts, str(tmp_path / "run"), options, MACHINE)
+    result = finetune.finetune(BACKBONE, *parts, str(tmp_path / "run"), options, MACHINE)
     assert result["accuracies"] == [result["accuracy"]]
     assert finetune.accuracy(load(tmp_path / "run"), "task", parts[1], MACHINE) == result["accuracy"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics-trial-0-final.jsonl").read_text().splitlines()]
@@ -276,7 +280,7 @@ def test_all_images_make_a_model(taught, parts, tmp_path):
 def test_one_image_a_class_leaves_none_to_choose_with(parts, tmp_path):
     options = replace(DOWNSTREAM, lr_grid=(0.01, 0.1))
     with pytest.raises(FastconError, match="leave none aside to choose among 2 learning rates"):
-        finetune.finetune(INIT, *parts, str(tmp_path / "run"), replace(options, shots=1, trials=1), MACHINE)
+        finetune.finetune(BACKBONE, *parts, str(tmp_path / "run"), replace(options, shots=1, trials=1), MACHINE)
 
 
 def test_several_labels_an_image_make_a_sigmoid_head(parts, tmp_path):

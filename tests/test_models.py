@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ FAMILIES = {
 def test_a_second_head_leaves_the_first_as_it_was(name, tmp_path):
     size = FAMILIES[name]
     torch.manual_seed(0)
-    model = load(f"torchvision:{name}?size={size}", classes=["x", "y", "z"])
+    model = load(f"torchvision:{name}@random?size={size}", classes=["x", "y", "z"])
     pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
         alone = model(pixels)
@@ -63,7 +64,7 @@ def test_a_second_head_leaves_the_first_as_it_was(name, tmp_path):
 
 
 def test_features_are_what_the_head_is_given():
-    model = load("torchvision:resnet18?size=32", classes=["a", "b"])
+    model = load("torchvision:resnet18@random?size=32", classes=["a", "b"])
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         layer = model.head_module.layer
@@ -71,7 +72,7 @@ def test_features_are_what_the_head_is_given():
 
 
 def test_heads_compute_in_float32_under_autocast():
-    model = load(f"{ARCHITECTURE}?size=32", classes=["a", "b"])
+    model = load(f"{ARCHITECTURE}@random?size=32", classes=["a", "b"])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     assert logits.dtype == torch.float32
@@ -81,8 +82,8 @@ def test_heads_compute_in_float32_under_autocast():
 def test_size_mean_and_std_come_from_the_spec_then_the_weights_then_the_call(generalist_file):
     assert load(f"{generalist_file}?size=48&mean=0,0,0&std=1,1,1").size == 48
     assert load(generalist_file, size=99).size == 32
-    assert load(ARCHITECTURE, size=99).size == 99
-    model = load(f"{ARCHITECTURE}?size=16&mean=0,0.5,1&std=1,1,0.5", classes=["a", "b"])
+    assert load(f"{ARCHITECTURE}@random", size=99).size == 99
+    model = load(f"{ARCHITECTURE}@random?size=16&mean=0,0.5,1&std=1,1,0.5", classes=["a", "b"])
     seen = []
     model.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8))
@@ -142,17 +143,24 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
         ("torchvision:resnet18@IMAGENET9K_V1", "no weights 'IMAGENET9K_V1'"),
         ("gone.safetensors", "no such weights file"),
         ("torchvision:resnet18?colour=1", "unknown option 'colour'"),
-        ("torchvision:resnet18?size=big", "not a whole number"),
-        ("torchvision:resnet18?size=2", "outside 8 to 4096"),
-        ("torchvision:resnet18?mean=1,2", "not three numbers"),
+        ("torchvision:resnet18@random?size=big", "not a whole number"),
+        ("torchvision:resnet18@random?size=2", "outside 8 to 4096"),
+        ("torchvision:resnet18@random?mean=1,2", "not three numbers"),
         ("python:nowhere:model", "No module named 'nowhere'"),
         ("torchvision:resnet18@pretrained", "name the weights"),
         ("torchvision:fcn_resnet50@IMAGENET1K_V1", "no classifier 'fcn_resnet50'"),
-        ("torchvision:vit_b_16?size=64", "takes images of 224 px only, not 64"),
-        ("torchvision:resnet18?seed=x", "seed=x is not a whole number"),
-        ("torchvision:resnet18?std=0,1,1", "std=0,1,1 must be above 0"),
-        ("torchvision:resnet18?mean=nan,1,1", "not three numbers"),
-        ("torchvision:resnet18?kind=other", "neither softmax nor sigmoid"),
+        (
+            "torchvision:resnet50",
+            "names no weights: say torchvision:resnet50@IMAGENET1K_V1, .*, or .*@random for random",
+        ),
+        ("timm:resnet10t", "names no weights: say timm:resnet10t@pretrained, "),
+        ("torchvision:vit_b_16@random?size=65", "takes images of 224 px, not 65 .*no multiple.*use \\?size=224"),
+        ("torchvision:alexnet@random?size=32", "does not run on images of 32 px"),
+        ("timm:mixer_s32_224@random?size=96", "does not run on images of 96 px"),
+        ("torchvision:resnet18@random?seed=x", "seed=x is not a whole number"),
+        ("torchvision:resnet18@random?std=0,1,1", "std=0,1,1 must be above 0"),
+        ("torchvision:resnet18@random?mean=nan,1,1", "not three numbers"),
+        ("torchvision:resnet18@random?kind=other", "neither softmax nor sigmoid"),
     ],
 )
 def test_specs_that_name_nothing(spec, message):
@@ -170,6 +178,81 @@ def test_a_python_factory(tmp_path, monkeypatch):
     assert model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 5)
     with pytest.raises(FastconError, match="returned a int"):
         load("python:mine:number")
+
+
+def test_what_a_python_factory_returns_must_be_its_last_layers_logits(tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\n"
+        "def net(*after): return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5), *after)\n"
+        "def softmax(): return net(nn.Softmax(1))\n"
+        "def embedding(): return net(nn.LayerNorm(5))\n"
+        "def maps(): return nn.Sequential(nn.Conv2d(3, 5, 1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("softmax", "embedding"):
+        with pytest.raises(FastconError, match="is not what its last layer, 2, computes: a MODEL is a classifier"):
+            load(f"python:odd:{name}?size=8")
+    with pytest.raises(FastconError, match=r"returns \(1, 5, 8, 8\), not logits of shape \(1, 5\)"):
+        load("python:odd:maps?size=8")
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:vit_b_16", "timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"]
+)
+def test_a_transformer_takes_another_size(name, tmp_path):
+    model, size = load(f"{name}@random?seed=3", classes=["a", "b", "c"]), 96
+    (tmp_path / "m.safetensors").write_bytes(model.export("head"))
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    theirs = _at_another_size(name, load_file(tmp_path / "m.safetensors"), size)
+    images = (pixels / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = theirs(images)
+        resized = load(f"{tmp_path}/m.safetensors?size={size}")
+        torch.testing.assert_close(resized(pixels), expected, rtol=1e-4, atol=1e-4)
+        model.set_size(size)
+        torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-4)
+        (tmp_path / "again.safetensors").write_bytes(resized.export("head"))
+        again = load(tmp_path / "again.safetensors")
+    assert again.size == size
+    torch.testing.assert_close(again(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def _at_another_size(name: str, state: dict[str, torch.Tensor], size: int) -> torch.nn.Module:
+    """The library's own way: position embeddings interpolated while the weights are loaded."""
+    kind, _, architecture = name.partition(":")
+    if kind == "torchvision":
+        net = zoo.vit_b_16(image_size=size, num_classes=3)
+        net.load_state_dict(zoo.vision_transformer.interpolate_embeddings(size, 16, state))
+        return net.eval()
+    timm = pytest.importorskip("timm")
+    if "swin" in architecture:  # windows shrink with the grid: only this way of timm's says how
+        net = timm.create_model(architecture, num_classes=3)
+        net.load_state_dict(state)
+        net.set_input_size(img_size=(size, size))
+        return net.eval()
+    net = timm.create_model(architecture, num_classes=3, img_size=size)
+    filtered = sys.modules[type(net).__module__].checkpoint_filter_fn(state, net)
+    net.load_state_dict(filtered)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_base_patch16_siglip_224", "resnet50_clip"])
+def test_weights_without_a_classifier_are_no_classifier(name, monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **more: create(name, **more)
+    )  # no download
+    with pytest.raises(FastconError, match=f"has weights but no classifier.*teach --init timm:{name}@pretrained"):
+        load(f"timm:{name}@pretrained")
+
+
+def test_weights_without_a_classifier_can_be_fine_tuned(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
+    model = load("timm:vit_small_patch16_dinov3@pretrained?size=64", untrained=True)
+    assert model.feature_size == 384
 
 
 def test_a_safetensors_file_of_torchvision_names(tmp_path):
@@ -201,14 +284,14 @@ def test_the_real_generalist(shared_data):
 
 def test_timm_models():
     pytest.importorskip("timm", reason="the timm extra is not installed")
-    model = load("timm:resnet10t?size=32", classes=["a", "b"])
+    model = load("timm:resnet10t@random?size=32", classes=["a", "b"])
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert model(pixels).shape == (2, 2)
     assert model.features(pixels).shape == (2, 512)
 
 
 def test_random_weights_are_the_same_for_the_same_spec():
-    first, again, other = (load(f"{ARCHITECTURE}?size=32{seed}").digest() for seed in ("", "&seed=0", "&seed=1"))
+    first, again, other = (load(f"{ARCHITECTURE}@random?size=32{seed}").digest() for seed in ("", "&seed=0", "&seed=1"))
     assert first == again != other
 
 

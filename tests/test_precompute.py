@@ -16,12 +16,13 @@ from fastcon.data.decode import Request
 from fastcon.distill import precompute
 from fastcon.distill.loader import Loader
 from fastcon.distill.precompute import Teacher
+from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
 from fastcon.models.classifier import Head
 from fastcon.models.load import load
-from fastcon.store import pixels
+from fastcon.store import arrays, pixels, writer
 from fastcon.store.reader import Store
-from fastcon.store.writer import StoreWriter
+from fastcon.store.writer import StoreWriter, forget
 
 
 def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
@@ -119,6 +120,55 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, store_path, pro
         FastconError, match=r"teacher 'letters' is in .* with weights \w{12}…, the one given has \w{12}…"
     ):
         precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, MACHINE, BATCH)
+
+
+def test_a_teacher_is_taken_out_and_may_come_back(tmp_path, store_path, proxy, teachers):
+    path = shutil.copytree(store_path, tmp_path / "s")
+    alone = tmp_path / "alone"
+    precompute.precompute(str(alone), proxy, teachers[:1], RECIPE, 2, MACHINE, BATCH)
+    forget(path, "letters")
+    assert list(Store(path).teachers) == ["general"]
+    assert {k: v for k, v in tree(path).items() if k != "teachers/zarr.json"} == {
+        k: v for k, v in tree(alone).items() if k != "teachers/zarr.json"
+    }
+    other = make_model(tmp_path / "m.safetensors", ["a", "b", "c"], seed=9, size=40)
+    changed = Teacher("letters", str(other), load(other))
+    assert precompute.precompute(str(path), proxy, [teachers[0], changed], RECIPE, 2, MACHINE, BATCH) == 300
+    forget(path, "letters")
+    precompute.precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    assert tree(path) == tree(store_path)
+    with pytest.raises(FastconError, match="has no teacher 'birds': there are general, letters"):
+        forget(path, "birds")
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "while deleting"])
+def test_a_kill_leaves_a_teacher_there_or_gone(moment, tmp_path, store_path, proxy, teachers, monkeypatch):
+    path = shutil.copytree(store_path, tmp_path / "s")
+
+    def dies(*args: object) -> None:
+        if moment == "while deleting":
+            shutil.rmtree(path / "teachers" / "letters" / "logits")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "_commit" if moment == "before" else "_remove_unnamed", dies)
+        patch.setattr(writer, "_reopened", _opened_plainly)  # without what is patched
+        with pytest.raises(KeyboardInterrupt):
+            forget(path, "letters")
+    there = list(Store(path).teachers)
+    assert there == (["general", "letters"] if moment == "before" else ["general"])
+    done = precompute.precompute(str(path), proxy, teachers[: len(there)], RECIPE, 2, MACHINE, BATCH)
+    assert done == 0
+    assert (path / "teachers" / "letters").exists() == (moment == "before")
+    assert all(check.passed for check in verify(str(path), proxy, 16, MACHINE, False))
+    precompute.precompute(str(path), proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    assert tree(path) == tree(store_path)
+
+
+def _opened_plainly(path: str) -> StoreWriter:
+    store = StoreWriter(path)
+    store._group = arrays.open_group(path, "r+")
+    return store
 
 
 def test_a_second_generalist_is_refused(tmp_path, store_path, proxy, teachers):

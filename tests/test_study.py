@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import signal
@@ -120,7 +121,7 @@ TINY = """
 title = "two commands"
 generalist = "small"
 [models.small]
-model = "torchvision:shufflenet_v2_x0_5?size=32"
+model = "torchvision:shufflenet_v2_x0_5@random?size=32"
 [data.shapes]
 train = "rendered:shapes?classes=0-7&images=12"
 holdout = 0.5
@@ -150,7 +151,7 @@ def test_running_resuming_and_changing(tiny, tmp_path):
     facts, said = run(tiny, out)
     assert facts["ran"] == 2
     assert said[0] == "0 of 2 commands are done"
-    assert said[1].startswith("[1/2] probe-shapes: torchvision:shufflenet_v2_x0_5?size=32: ")
+    assert said[1].startswith("[1/2] probe-shapes: torchvision:shufflenet_v2_x0_5@random?size=32: ")
     assert (out / "report" / "index.html").stat().st_size > 1000
     probe = json.loads((out / "jobs" / "probe-shapes.json").read_text())
     assert (probe["task"], probe["classes"], probe["trials"]) == ("shapes", 4, 2)
@@ -181,7 +182,7 @@ FULL = """
 title = "a student"
 generalist = "small"
 [models.small]
-model = "torchvision:shufflenet_v2_x0_5?size=32"
+model = "torchvision:shufflenet_v2_x0_5@random?size=32"
 [data.shapes]
 train = "rendered:shapes?classes=0-7&images=12"
 holdout = 0.5
@@ -257,7 +258,7 @@ def test_places_are_absolute_before_commands_run_elsewhere(tiny, tmp_path, monke
     text = TINY.replace(
         '"rendered:shapes?classes=0-7&images=12"', "['torchvision:ImageFolder?root=my images', 'data:cub?root=b+c']"
     )
-    tiny.write_text(text.replace("shufflenet_v2_x0_5?size=32", "shufflenet_v2_x0_5@w.safetensors?size=32"))
+    tiny.write_text(text.replace("shufflenet_v2_x0_5@random?size=32", "shufflenet_v2_x0_5@w.safetensors?size=32"))
     [probe, _] = study.load(str(tiny)).jobs
     assert options(probe.command, "--train") == [
         f"torchvision:ImageFolder?root={tmp_path}/my%20images", f"data:cub?root={tmp_path}/b%2Bc",
@@ -295,7 +296,8 @@ def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path):
 def test_a_signal_stops_the_commands_and_the_same_command_resumes(tiny, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastcon", "study", str(tiny), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    hears = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
     while not (out / "jobs" / "probe-shapes.log").exists():
         assert process.poll() is None
         time.sleep(0.05)

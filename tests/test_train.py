@@ -192,7 +192,7 @@ def test_soft_label_trains_head_0_alone(store_path, tmp_path):
 
 def test_another_architecture_says_that_head_0_is_random(store_path, tmp_path):
     said: list[str] = []
-    options = replace(QUICK, epochs=1, student="torchvision:mobilenet_v3_small")
+    options = replace(QUICK, epochs=1, student="torchvision:mobilenet_v3_small@random")
     train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP, say=said.append)
     assert any("head 0 starts at random" in line for line in said)
     theirs = zoo.mobilenet_v3_small(num_classes=10)
@@ -223,7 +223,7 @@ def test_without_a_generalist_a_student_is_needed(tmp_path, proxy, teachers):
     options = replace(QUICK, method="traditional", epochs=1)
     with pytest.raises(FastconError, match="no generalist to start from: give a `student`"):
         train(str(tmp_path / "s"), str(tmp_path / "a"), options, MACHINE, UPKEEP)
-    train(str(tmp_path / "s"), str(tmp_path / "b"), replace(options, student=ARCHITECTURE), MACHINE)
+    train(str(tmp_path / "s"), str(tmp_path / "b"), replace(options, student=f"{ARCHITECTURE}@random"), MACHINE)
     assert load(tmp_path / "b").heads[0].classes == ("a", "b", "c")
 
 

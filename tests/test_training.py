@@ -27,7 +27,7 @@ def test_checkpoints_of_another_format_are_passed_over(tmp_path):
 
 
 def _loop(path, seed=0):
-    model = load("torchvision:shufflenet_v2_x0_5?size=32", classes=["a", "b"]).train()
+    model = load("torchvision:shufflenet_v2_x0_5@random?size=32", classes=["a", "b"]).train()
     optimizer = make_optimizer(model, 0.01, 0.1, 0.9, 1e-4)
     return Loop(model, optimizer, MACHINE, path, seconds=1e9)
 
@@ -73,6 +73,6 @@ def test_rates_fall_at_each_milestone(tmp_path):
 
 def test_gradients_are_scaled_in_float16_alone(tmp_path):
     assert not _loop(tmp_path).scaler.is_enabled()
-    model = load("torchvision:shufflenet_v2_x0_5?size=32", classes=["a", "b"])
+    model = load("torchvision:shufflenet_v2_x0_5@random?size=32", classes=["a", "b"])
     half = dataclasses.replace(MACHINE, precision="float16")
     assert Loop(model, make_optimizer(model, 0.1, 0.1, 0, 0), half, tmp_path, 1).scaler.is_enabled()

@@ -84,7 +84,7 @@ def _line(row: Row) -> str:
 def _network(scale: Scale, device: torch.device, number: int = 0) -> Classifier:
     torch.manual_seed(number)
     classes = [str(k) for k in range(CLASSES)]
-    return load(f"{scale.architecture}?size={scale.size}", classes=classes).on(device)
+    return load(f"{scale.architecture}@random?size={scale.size}", classes=classes).on(device)
 
 
 def _precompute(

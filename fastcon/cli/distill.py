@@ -50,12 +50,16 @@ def precompute(
     if generalist is None and not teachers:
         raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
     from fastcon.distill import precompute as stage
+    from fastcon.models.origin import is_random
     from fastcon.store.reader import Store, bytes_on_disk
 
     loaded = stage.load_teachers(generalist, teachers, options.size)
     manifest = indexer(indexing)(images)
     rows = len(manifest) * views
-    classes = ", ".join(f"{teacher.name} ({len(teacher.model.heads[0].classes)} classes)" for teacher in loaded)
+    classes = ", ".join(
+        f"{t.name} ({len(t.model.heads[0].classes)} classes{', random weights' if is_random(t.spec) else ''})"
+        for t in loaded
+    )
     note(f"{len(manifest):,} images x {views} views = {rows:,} rows; {classes}")
     if generalist is None and not _has_generalist(store):
         note(
@@ -190,3 +194,29 @@ def verify(
         raise FastconError(
             f"{store}: {len(failed)} of {len(checks)} checks failed, first {failed[0].what}: {failed[0].seen}"
         )
+
+
+@main.command()
+@click.argument("store")
+@click.argument("teacher")
+@common
+def forget(store: str, teacher: str, json_file: str | None) -> None:
+    """Take a TEACHER's logits out of a STORE, for good.
+
+    precompute with another MODEL under the same name then replaces it; the generalist may be taken out as well.
+
+    \b
+    fastcon forget store birds
+    """
+    from fastcon.store.reader import Store, bytes_on_disk
+    from fastcon.store.writer import forget as stage
+
+    before = bytes_on_disk(store)
+    stage(store, teacher)
+    left, freed = list(Store(store).teachers), before - bytes_on_disk(store)
+    result = {"store": store, "forgotten": teacher, "teachers": left, "bytes_freed": freed}
+    finish(
+        result,
+        json_file,
+        f"{store}: {teacher} is gone, {in_bytes(freed)} freed; left: {', '.join(left) or 'no teacher'}",
+    )

@@ -101,7 +101,7 @@ def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
         writer.repair_checksums()
         for name, teacher in writer.teachers.items():
             if teacher.weights_bytes is not None and _fails(lambda name=name: writer.weights(name)):  # type: ignore[misc]
-                model = load(str(teacher.spec), size=teacher.size)
+                model = load(str(teacher.spec), size=teacher.size, untrained=True)
                 writer.repair_weights(name, model.export(model.heads[0].name))
 
 
@@ -260,7 +260,7 @@ def _teacher(store: Store, name: str) -> Teacher:
     if generalist:
         model = from_bytes(store.weights(name), f"the generalist of {store.path}")
     else:
-        model = load(str(record.spec), size=record.size)
+        model = load(str(record.spec), size=record.size, untrained=True)
     if model.digest() != record.weights:
         raise FastconError(
             f"teacher {name!r} of {store.path} was {record.spec} with weights {record.weights[:12]}, "

@@ -17,7 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastcon.errors import FastconError
+from fastcon.models.sizes import resize
 
+NO_CLASSIFIER = "a MODEL is a classifier, whose last layer makes one logit per class"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -68,7 +70,7 @@ class Classifier(nn.Module):
         self.head_path = head_path(net, architecture)
         layer = net.get_submodule(self.head_path)
         self.net = net
-        self.set_size(size)
+        self.size = size
         self._set_head(layer if isinstance(layer, Heads) else Heads(layer))  # type: ignore[arg-type]
         self.heads = list(heads)
         scale = 1.0 / (255.0 * torch.tensor(std))
@@ -114,11 +116,41 @@ class Classifier(nn.Module):
         return not found or any(bool((value != 1).any()) for value in found)
 
     def set_size(self, size: int) -> None:
-        """Take images of another side length. Raises FastconError for a network of a fixed one (ViT)."""
-        fixed = getattr(self.net, "image_size", size)
-        if fixed != size:
-            raise FastconError(f"{self.architecture} takes images of {fixed} px only, not {size}: use ?size={fixed}")
-        self.size = size
+        """Take images of another side length. Raises FastconError for a network that cannot."""
+        if size != self.size:
+            resize(self.net, size, self.architecture)
+            self.size = size
+            self.try_once(self.architecture)
+
+    def try_once(self, origin: str) -> None:
+        """Run one image through, so that what cannot work fails before anything is written. Raises FastconError."""
+        layer, seen, training = self.head_module, [], self.training
+        hook = layer.register_forward_hook(lambda module, given, out: seen.append(out))
+        pixels = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self._scale.device)
+        try:
+            with torch.no_grad():
+                out = self.eval()(pixels)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+            raise FastconError(
+                f"{origin} does not run on images of {self.size} px ({reason}): name the size it takes, as ?size=224"
+            ) from error
+        finally:
+            hook.remove()
+            self.train(training)
+        self._check_logits(out, seen, origin)
+
+    def _check_logits(self, out: object, seen: list[Tensor], origin: str) -> None:
+        """Whether what the network returns are the logits that its classifying layer makes."""
+        wanted = (1, sum(len(head.classes) for head in self.heads))
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if found != wanted or not isinstance(out, Tensor):
+            raise FastconError(f"{origin} returns {found}, not logits of shape {wanted}: {NO_CLASSIFIER}")
+        linear = isinstance(self.head_module.layer, nn.Linear)
+        if not seen or (linear and not torch.equal(seen[-1].reshape(-1), out.float().reshape(-1))):
+            raise FastconError(
+                f"what {origin} returns is not what its last layer, {self.head_path}, computes: {NO_CLASSIFIER}"
+            )
 
     def keep_head(self, name: str) -> None:
         """Leave one head only."""
@@ -252,6 +284,11 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def head_path(net: nn.Module, origin: str) -> str:
     """Where the classifying layer is: the last Linear, or the last Conv2d of a network without any."""
     found = [name for name, module in net.named_modules() if isinstance(module, Heads)]
+    if not found and hasattr(net, "get_classifier"):  # timm says which it is
+        layer = net.get_classifier()  # type: ignore[operator]
+        found = [name for name, module in net.named_modules() if module is layer]
+        if not found or not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise FastconError(f"{origin} has no classifying layer, or several: {NO_CLASSIFIER}")
     for kind in (nn.Linear, nn.Conv2d):
         found = found or [name for name, module in net.named_modules() if isinstance(module, kind) and name]
     if not found:

@@ -1,7 +1,7 @@
 """MODEL specs → a `Classifier`.
 
-    torchvision:resnet50 · torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors
-    timm:NAME[@pretrained|@weights] · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
+    torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors · torchvision:resnet18@random
+    timm:NAME@pretrained|weights|random · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
     options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2&seed=1 (of random weights)
         &head=NAME (one of a run's) &kind=sigmoid (a multi-label classifier)
 
@@ -27,17 +27,21 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fastcon.errors import FastconError, optional_import
-from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, Head, head_path
+from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, NO_CLASSIFIER, Classifier, Head, head_path
+from fastcon.models.sizes import resize
 
 RUN_WEIGHTS = ("student.safetensors", "model.safetensors")
 RUN_HEADS = "heads.safetensors"
 
 
-def load(spec: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None) -> Classifier:
-    """Load a MODEL in eval mode, on the CPU, in float32.
+def load(
+    spec: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None, untrained: bool = False
+) -> Classifier:
+    """Load a MODEL in eval mode, on the CPU, in float32, after one image has gone through it.
 
-    size: input size where neither the spec nor the weights name one (default 224). classes: class names for a
-    spec without weights (its head then starts at random). A RUN comes with all its heads. Raises FastconError.
+    size: input size where neither the spec nor the weights name one (default 224). classes: class names for random weights.
+    untrained: take a spec without weights as one with @random, and weights without a classifier with a random one; else
+    both are errors. A RUN comes with all its heads. Raises FastconError.
     """
     text = str(spec)
     path, _, query = text.partition("?")
@@ -58,8 +62,24 @@ def load(spec: str | Path, *, size: int | None = None, classes: Sequence[str] | 
         return from_bytes(Path(path).read_bytes(), path, options)
     architecture, _, weights = path.partition("@")
     _check_architecture(architecture)
+    if not (weights or untrained or architecture.startswith("python:")):
+        raise FastconError(f"{text} names no weights: {_ways_to_weights(architecture)}")
     state, meta = _weights(architecture, weights)
+    if untrained and meta.get("pretrained"):
+        meta["pretrained"] = "backbone"
     return _assemble(architecture, state, meta, options, size, classes, text)
+
+
+def _ways_to_weights(architecture: str) -> str:
+    ways = [f"{architecture}@FILE", f"{architecture}@random for random ones"]
+    if architecture.startswith("timm:"):
+        ways.insert(0, f"{architecture}@pretrained")
+    elif architecture.startswith("torchvision:"):
+        from torchvision import models
+
+        known = models.get_model_weights(architecture.removeprefix("torchvision:"))
+        ways[:0] = [f"{architecture}@{weights.name}" for weights in known]
+    return "say " + ", ".join(ways[:-1]) + f", or {ways[-1]}"
 
 
 def from_bytes(data: bytes, origin: str, options: Mapping[str, str] | None = None) -> Classifier:
@@ -92,30 +112,49 @@ def build(architecture: str, classes: int) -> nn.Module:
                 return optional_import("timm", "timm").create_model(name, num_classes=classes)
             except RuntimeError as error:
                 raise FastconError(f"timm has no model {name!r} ({error})") from error
-        if kind == "python":
-            return _build_python(architecture, name)
-    raise FastconError(
-        f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
-        ".safetensors file of fastcon's, or the folder of a run"
-    )
+        return _build_python(architecture, name)
 
 
-def _pretrained_timm(architecture: str) -> tuple[nn.Module, dict[str, str]]:
-    """A timm network with the weights, classes and preprocessing that timm itself gives it."""
+def _pretrained_timm(architecture: str, headless: bool) -> tuple[nn.Module, dict[str, str]]:
+    """A timm network with the weights, classes and preprocessing that timm itself gives it.
+
+    headless: where it comes without a classifier, give it a random one, and no error.
+    """
+    timm, name = optional_import("timm", "timm"), architecture.removeprefix("timm:")
     try:
-        net = optional_import("timm", "timm").create_model(architecture.removeprefix("timm:"), pretrained=True)
+        net = timm.create_model(name, pretrained=True)
+        if not _classifies(net) and headless:
+            net = timm.create_model(name, pretrained=True, num_classes=1000)
     except (RuntimeError, OSError) as error:
         first = str(error).strip().split("\n")[0][:160]
         raise FastconError(
             f"{architecture} did not come with weights ({first}): give a file, as {architecture}@FILE"
         ) from error
+    if not (headless or _classifies(net)):
+        raise FastconError(
+            f"{architecture} has weights but no classifier: {NO_CLASSIFIER}; fine-tune it for a task first, with "
+            f"fastcon teach --init {architecture}@pretrained"
+        )
     config = net.pretrained_cfg
     meta = {"size": str(config["input_size"][-1])}
     return net, meta | {key: ",".join(map(str, config[key])) for key in ("mean", "std")}
 
 
+def _classifies(net: Any) -> bool:
+    """Whether the pretrained weights of a timm network include a classifier: DINO has none, CLIP's is a projection."""
+    config = net.pretrained_cfg
+    contrastive = "clip" in f"{config.get('architecture')}.{config.get('tag')}"
+    known = optional_import("timm.data", "timm").infer_imagenet_subset(config) is not None
+    return config["num_classes"] > 0 and (known or not contrastive)
+
+
 def _check_architecture(architecture: str) -> None:
-    """Refuse a torchvision name that is no classifier before its weights are looked for."""
+    """Refuse what names no library, and a torchvision name that is no classifier, before its weights are looked for."""
+    if not architecture.startswith(("torchvision:", "timm:", "python:")):
+        raise FastconError(
+            f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
+            ".safetensors file of fastcon's, or the folder of a run"
+        )
     if architecture.startswith("torchvision:"):
         from torchvision import models
 
@@ -155,7 +194,7 @@ State = dict[str, Tensor]
 
 def _weights(architecture: str, weights: str) -> tuple[State | None, dict[str, str]]:
     """State dict and metadata of what stands behind '@': nothing, a torchvision enum, or a file."""
-    if not weights:
+    if weights in ("", "random"):
         return None, {}
     if weights == "pretrained":
         if not architecture.startswith("timm:"):
@@ -248,37 +287,44 @@ def _assemble(
     with torch.random.fork_rng(devices=[]):  # the same random weights for the same spec, whoever asks
         torch.manual_seed(_whole(options.get("seed", "0"), "seed", origin))
         if meta.get("pretrained"):
-            net, meta = _pretrained_timm(architecture)
+            net, meta = _pretrained_timm(architecture, meta["pretrained"] == "backbone")
         else:
             net = build(architecture, len(classes) if classes else 1000)
+    settings = dict(meta) | dict(options)
+    side = _size(settings.get("size"), size, origin)
     path = head_path(net, origin)
     if state is not None:
-        net = _load_state(net, path, architecture, state, origin)
+        net = _load_state(net, path, architecture, state, int(meta.get("size", side)), origin)
+    resize(net, side, origin)
     outputs = _outputs(net, path)
     names = tuple(json.loads(meta["classes"])) if "classes" in meta else tuple(classes or ())
     if len(names) != outputs:
         if names:
             raise FastconError(f"{origin} names {len(names)} classes, its head has {outputs} outputs")
         names = tuple(f"class {i}" for i in range(outputs))
-    settings = dict(meta) | dict(options)
     std = _triple(settings.get("std"), IMAGENET_STD, origin)
     if min(std) <= 0:
         raise FastconError(f"{origin}: std={settings['std']} must be above 0")
     head = Head(meta.get("head", "head"), names, _kind(settings.get("kind", "softmax"), origin))
-    return Classifier(
+    model = Classifier(
         net,
         [head],
         architecture=architecture,
-        size=_size(settings.get("size"), size, origin),
+        size=side,
         mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin),
         std=std,
     ).eval()
+    model.try_once(origin)
+    return model
 
 
-def _load_state(net: nn.Module, path: str, architecture: str, state: State, origin: str) -> nn.Module:
+def _load_state(net: nn.Module, path: str, architecture: str, state: State, side: int, origin: str) -> nn.Module:
+    """The network with a state dict loaded, which belongs to images of `side` pixels."""
     weight = state.get(f"{path}.weight")
     if weight is not None and weight.shape[0] != _outputs(net, path):
         net = build(architecture, weight.shape[0])
+    if any(key in state and state[key].shape != value.shape for key, value in net.state_dict().items()):
+        resize(net, side, origin)
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux", "AuxLogits"))}
     state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}

@@ -30,3 +30,10 @@ def origin(spec: str) -> dict[str, Any]:
             "teachers": [config["data"].get("task") or task_name(config["data"]["train"])],
         }
     return known
+
+
+def is_random(spec: str | Path) -> bool:
+    """Whether a MODEL is a network with random weights, as far as its spec says."""
+    path = str(spec).partition("?")[0]
+    architecture, _, weights = path.partition("@")
+    return architecture.startswith(("torchvision:", "timm:")) and weights in ("", "random")

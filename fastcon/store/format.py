@@ -188,6 +188,10 @@ class Record:
             raise ValueError(f"a teacher named {next(name for name in record.teachers if not NAME.fullmatch(name))!r}")
         return record
 
+    def without_teacher(self, name: str) -> Record:
+        """This record without a teacher."""
+        return dataclasses.replace(self, teachers={k: v for k, v in self.teachers.items() if k != name})
+
     def with_teacher(self, name: str, teacher: TeacherRecord) -> Record:
         """The record with another teacher, or another record of one."""
         return dataclasses.replace(self, teachers=self.teachers | {name: teacher})

@@ -74,6 +74,19 @@ class StoreWriter(Store):
         if weights is not None:
             self._write_weights(name, weights)
 
+    def forget(self, name: str) -> None:
+        """Take a teacher out: its entry of the record first, at once, and then its arrays. Raises FastconError."""
+        if name not in self.teachers:
+            there = ", ".join(self.teachers) or "none"
+            raise FastconError(f"{self.path} has no teacher {name!r}: there are {there}")
+        self._commit(self.record.without_teacher(name))
+        self._remove_unnamed()
+
+    def _remove_unnamed(self) -> None:
+        """Delete arrays of teachers that the record does not name: a kill may have left them."""
+        arrays.keep(self._group, "teachers", set(self.teachers))
+        self._arrays = {path: array for path, array in self._arrays.items() if path in self.layout}
+
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
         """Store one finished chunk, the parts of its rows, then mark it done."""
         start, stop = self.chunk_range(chunk)
@@ -216,13 +229,29 @@ def open_for_writing(
         _remove_leftovers(path)
         if not _exists(path):
             _create_store(path, manifest, recipe, view_count, pipeline)
-        store = StoreWriter(path)
-        store._group = arrays.open_group(path, "r+")
+        store = _reopened(path)
         _check_recipe(store, recipe)
         store.check_images(manifest)
         if view_count > store.views:
             store.grow(manifest, view_count)
         yield store
+
+
+def forget(path: str | os.PathLike[str], name: str) -> None:
+    """Take a teacher out of a store; killed at any moment it is either there or gone. Raises FastconError."""
+    path = os.fspath(path)
+    Store(path)  # an error where there is none, and no lock file
+    with _lock(path):
+        _remove_leftovers(path)
+        _reopened(path).forget(name)
+
+
+def _reopened(path: str) -> StoreWriter:
+    """A store for writing, without what a kill left in it; only the holder of the lock may call this."""
+    store = StoreWriter(path)
+    store._group = arrays.open_group(path, "r+")
+    store._remove_unnamed()
+    return store
 
 
 def set_samples(store: StoreWriter, pixels: NDArray[np.uint8]) -> None:

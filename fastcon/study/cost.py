@@ -100,7 +100,7 @@ def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None
     architecture, _, query = spec.partition("?")
     found = re.search(r"size=(\d+)", query)
     side = int(found[1]) if found else size
-    model = load(f"{architecture.partition('@')[0]}?size={side}").on(device)
+    model = load(f"{architecture.partition('@')[0]}@random?size={side}").on(device)
     say(f"measuring {architecture} at {side} px on {device} …")
     pixels = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
     training = choose_precision("auto", device, training=True)

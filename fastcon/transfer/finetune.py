@@ -28,6 +28,7 @@ from fastcon.files import write_atomically, write_json
 from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier, Head, choose_batch_norm
 from fastcon.models.load import RUN_WEIGHTS, load
+from fastcon.models.origin import is_random
 from fastcon.run import Metrics, Run, stop_signals
 from fastcon.training import Loop, make_optimizer, set_rate
 from fastcon.transfer import features
@@ -69,7 +70,7 @@ def teach(
     tuning = _Tuning.of("teach", init, train, test, out, options, machine, data, say)
     if tuning.run.finished(RESULT):
         return tuning.reported()
-    tuning.run.begin()
+    tuning.begin(init)
     tuning.count_to(tuning.steps(train), progress)
     model, result = tuning.tune(train, "")
     result |= {"test_images": len(test), "classes": len(train.classes)}
@@ -98,7 +99,7 @@ def finetune(
     run = tuning.run
     if run.finished(REPORT):
         return tuning.reported()
-    run.begin()
+    tuning.begin(backbone)
     draws = [train]
     if options.shots is not None:
         trials = range(options.draws)
@@ -157,7 +158,7 @@ class _Tuning:
     ) -> _Tuning:
         """Open the run that these options and images make. Raises FastconError where `out` holds another."""
         machine = machine.settled(training=True)
-        start = load(init, size=options.size)
+        start = load(init, size=options.size, untrained=command == "teach")
         start.set_size(options.size or start.size)
         options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
         identity = {
@@ -174,6 +175,11 @@ class _Tuning:
             given["trials"] = options.draws
         run = Run(out, {"command": command, "init": init, **identity, **given}, machine.threads)
         return cls(start, test, run, options, dataclasses.replace(machine, threads=run.threads), say)
+
+    def begin(self, init: str) -> None:
+        """Write the run's configuration, and say what it starts from."""
+        self.run.begin()
+        self.say(f"starts from {init}{', random weights' if is_random(init) else ''}, at {self.start.size} px")
 
     def reported(self) -> dict[str, Any]:
         """The result of a run that is finished."""
