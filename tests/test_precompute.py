@@ -21,7 +21,8 @@ from fastcon.errors import FastconError
 from fastcon.models.classifier import Head
 from fastcon.models.load import load
 from fastcon.store import arrays, pixels, writer
-from fastcon.store.reader import Store
+from fastcon.store.format import COPY
+from fastcon.store.reader import Store, bytes_on_disk
 from fastcon.store.writer import StoreWriter, forget
 
 
@@ -247,6 +248,8 @@ def test_a_store_in_object_storage(proxy, teachers, store_path):
         for view in range(2):
             assert np.array_equal(remote.logits(name, view, 1), local.logits(name, view, 1))
     assert len(next(iter(Loader(remote, proxy, 32))).pixels) == 32
+    kept_there = {name: len(data) for name, data in tree(store_path).items() if name != COPY}
+    assert bytes_on_disk("memory://bucket/store") == sum(kept_there.values())
 
 
 def test_a_teacher_that_failed_at_once_may_come_back_mended(tmp_path, proxy, teachers):

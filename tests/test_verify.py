@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from conftest import BATCH, MACHINE, make_model, rewrite_record, tree
+from conftest import ARCHITECTURE, BATCH, MACHINE, make_model, rewrite_record, tree
 
+from fastcon.data.manifest import index
 from fastcon.distill import verify as verification
+from fastcon.distill.options import TrainOptions
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.distill.train import train
 from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
+from fastcon.models.load import load
 from fastcon.store import pixels
-from fastcon.store.format import digest
+from fastcon.store.format import COPY, digest
 from fastcon.store.reader import Store
 
 
@@ -211,3 +217,25 @@ def test_a_teacher_that_cannot_be_mended_hides_no_other(copy, store_path, tmp_pa
     assert list(seen) == ["general: repair", "general: chunks"]
     assert "was computed on cuda" in seen["general: repair"]
     assert not any(name.startswith("letters") for name in seen)
+
+
+def test_a_store_of_an_earlier_version_is_as_good_as_new(tmp_path, generalist_file):
+    """The store (24 photos, two teachers, baked) was written by the last version that took a bare architecture for random weights."""
+    with zipfile.ZipFile(Path(__file__).parent / "fixtures" / "store-of-format-2.zip") as fixture:
+        fixture.extractall(tmp_path)
+    path, photos = str(tmp_path / "store"), index([str(tmp_path / "photos")])
+    before = tree(tmp_path / "store")
+    assert [check for check in verify(path, photos, 0, MACHINE) if not check.passed] == []
+    store = Store(path)
+    assert (store.rows, store.views, list(store.teachers)) == (24, 2, ["letters", "tones"])
+    assert store.teachers["letters"].spec == "torchvision:shufflenet_v2_x0_5?size=32"
+    assert store.logits("letters", 1, 1).shape == (8, 5)
+    options = TrainOptions(method="traditional", epochs=1, batch_size=8, student=f"{ARCHITECTURE}@random?size=32")
+    row = train(path, str(tmp_path / "run"), options, MACHINE)
+    assert set(row["heads"]) == {"letters", "tones"}
+    general = Teacher("general", str(generalist_file), load(generalist_file), generalist=True)
+    assert precompute(path, photos, [general], store.recipe, 2, MACHINE, 8) == 48
+    after = tree(tmp_path / "store")
+    assert {name: after[name] for name in before if "zarr.json" not in name and name != COPY} == {
+        name: data for name, data in before.items() if "zarr.json" not in name and name != COPY
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import image_files, store_of
+from fastcon.cores import cores
 from fastcon.data.decode import decode
 from fastcon.data.manifest import index
 from fastcon.distill.loader import Loader
@@ -48,20 +48,20 @@ def bench(
         plain = store_of(folder / "store", manifest, Recipe(size=SIDE), views, teachers, machine)
         baked = store_of(folder / "baked", manifest, Recipe(size=SIDE, bake=QUALITY), views, teachers, machine)
         bytes_a_view = sum(f.stat().st_size for f in baked.rglob("*.tar")) / (len(manifest) * views)
-        cores = len(os.sched_getaffinity(0))
+        workers = cores()
         variants = {
             "ours": _rate(lambda: _ours(plain, device, views)),
             "without logits": _rate(lambda: _pixels(plain, device, views)),
-            "torchvision": _rate(lambda: _torchvision(Store(plain), files, cores, views)),
+            "torchvision": _rate(lambda: _torchvision(Store(plain), files, workers, views)),
             "baked": _rate(lambda: _ours(baked, device, 4 * views)),
         }
         if importlib.util.find_spec("ffcv"):
-            variants["ffcv"] = _rate(_ffcv(folder / "full.beton", files, None, cores, views))
-            variants["ffcv 256"] = _rate(_ffcv(folder / "256.beton", files, 256, cores, 2 * views))
+            variants["ffcv"] = _rate(_ffcv(folder / "full.beton", files, None, workers, views))
+            variants["ffcv 256"] = _rate(_ffcv(folder / "256.beton", files, 256, workers, 2 * views))
         seen = interleave(variants, rounds)
     pixels = sum(int(w) * int(h) for w, h in zip(manifest.widths, manifest.heights, strict=True)) / len(manifest)
     case = {"case": f"{len(manifest)} photos of {pixels / 1000:.0f} kpixel, {views} views, {CLASSES} classes"}
-    case |= {"threads": cores}  # type: ignore[dict-item]
+    case |= {"threads": workers}  # type: ignore[dict-item]
     pairs = [
         ("loader", "ours", "torchvision"),
         ("loader, against itself without logits", "ours", "without logits"),

@@ -53,13 +53,6 @@ def create(group: Any, name: str, here: Layout) -> Any:
     )
 
 
-def keep(group: Any, path: str, names: set[str]) -> None:
-    """Delete what a group holds under `path`, but for these members."""
-    if path in group:
-        for name in set(group[path].keys()) - names:
-            del group[f"{path}/{name}"]
-
-
 def existing(group: Any, path: str, expected: Layout) -> Any:
     """An array of a group. Raises some exception where there is none, or its metadata are not those of its layout.
 

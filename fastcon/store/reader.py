@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -321,8 +322,12 @@ def sample_rows(store: Store) -> NDArray[np.uint32]:
 
 
 def bytes_on_disk(path: str) -> int:
-    """Bytes of all files of a store; 0 of one in object storage."""
-    return 0 if is_url(path) else sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    """Bytes of all files of a store, in a folder or in object storage."""
+    if is_url(path):
+        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem.invalidate_cache()
+        return int(filesystem.du(root))
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
 
 
 def record_file(record: Record) -> bytes:

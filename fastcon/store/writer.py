@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,7 +85,11 @@ class StoreWriter(Store):
 
     def _remove_unnamed(self) -> None:
         """Delete arrays of teachers that the record does not name: a kill may have left them."""
-        arrays.keep(self._group, "teachers", set(self.teachers))
+        filesystem, root = fsspec.core.url_to_fs(self.path)
+        if filesystem.isdir(f"{root}/teachers"):
+            for entry in filesystem.ls(f"{root}/teachers", detail=False):
+                if entry.rsplit("/", 1)[-1] not in self.teachers and filesystem.isdir(entry):
+                    filesystem.rm(entry, recursive=True)
         self._arrays = {path: array for path, array in self._arrays.items() if path in self.layout}
 
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:

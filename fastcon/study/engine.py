@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcon.cores import cores
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.files import write_json
 from fastcon.run import stop_signals
@@ -170,7 +171,7 @@ def _snakemake(folder: Path, study: Study, arguments: list[str], lock: int, say:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
     if not any(word.split("=")[0] in ("--executor", "-e", "--cores", "-c", "--jobs", "-j") for word in arguments):
-        command += ["--cores", str(len(os.sched_getaffinity(0)))]
+        command += ["--cores", str(cores())]
     done = {job.name for job in study.jobs if (folder / job.result).exists()}
     with stop_signals() as stop, open(folder / "snakemake.log", "ab") as log:
         process = subprocess.Popen(
