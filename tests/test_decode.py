@@ -216,3 +216,16 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, bad):
     for loader in LOADERS:
         with pytest.raises(FastconError, match=rf"image '{bad}.jpg' does not decode .* leave out `trust_images`"):
             pixels_of(manifest, 1, [16], loader=loader)
+
+
+def test_the_gpu_decoder_is_told_to_make_the_pixels_of_the_cpu():
+    schema = pytest.importorskip("nvidia.dali.backend").TryGetSchema("decoders__Image")
+    assert set(decoding.MIXED) <= set(schema.GetArgumentNames())
+    assert decoding.MIXED["jpeg_fancy_upsampling"] is True  # DALI's default is another chroma than the CPU's
+    assert schema.GetArgumentDefaultValueString("jpeg_fancy_upsampling") == "False"
+
+
+def test_versions_are_found_whatever_their_cuda():
+    found = decoding._versions("nvidia-nvimgcodec", "nvidia-nvjpeg")
+    assert sorted(name.partition("-cu")[0] for name in found) == ["nvidia-nvimgcodec", "nvidia-nvjpeg"]
+    assert all(version[0].isdigit() for version in found.values())

@@ -185,7 +185,7 @@ def cuml_model(cost: float) -> Any:
     if not torch.cuda.is_available():
         raise FastconError("`solver` cuml needs an NVIDIA GPU, and PyTorch sees none here: use `solver` batched")
     return optional_import("cuml.svm", "cuml").LinearSVC(
-        C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, grad_tol=1e-6, max_iter=10_000
+        C=2 * cost, penalty="l2", loss="squared_hinge", penalized_intercept=True, tol=1e-6, max_iter=10_000
     )
 
 
