@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import math
 import os
+import platform
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 PATIENCE = 30.0
-"""Seconds after which a process goes on without its turn: whoever has it may be suspended."""
+"""Seconds after which a process goes on without its turn: whoever has it may be suspended. It then waits no more for it."""
 POLL = 0.0005
 
 
@@ -38,6 +39,15 @@ def default_threads() -> int:
     """OMP_NUM_THREADS where it is set, as by whoever shares cores out among jobs; else one per core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) else cores()
+
+
+def cpu_name() -> str:
+    """The model of this machine's CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
@@ -80,6 +90,8 @@ class Cores:
         """Seconds that other processes had the turn."""
         self._files: list[int] = []
         self._turns: list[tuple[int, int]] = []
+        self._stuck: set[int] = set()
+        """Locks that whoever holds them did not let go of in time."""
 
     def __enter__(self) -> Cores:
         import torch
@@ -111,8 +123,8 @@ class Cores:
         asked = time.monotonic()
         deadline = asked + PATIENCE
         for queue, core in self._turns:  # in the order of the cores, so that nobody waits in a circle
-            if _wait(queue, deadline):
-                if _wait(core, deadline):
+            if self._get(queue, deadline):
+                if self._get(core, deadline):
                     held.append(core)
                 fcntl.flock(queue, fcntl.LOCK_UN)  # whoever waits for the core stands first in line for it
         self.waited += time.monotonic() - asked
@@ -121,6 +133,11 @@ class Cores:
         finally:
             for core in held:
                 fcntl.flock(core, fcntl.LOCK_UN)
+
+    def _get(self, lock: int, deadline: float) -> bool:
+        got = _try(lock) if lock in self._stuck else _wait(lock, deadline)
+        (self._stuck.discard if got else self._stuck.add)(lock)
+        return got
 
     def _choose(self, there: list[int]) -> list[int]:
         """As many cores as threads: those that no other process has chosen, as far as they go."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcon.cores import default_threads
+from fastcon.cores import Cores, default_threads
 from fastcon.errors import FastconError
 from fastcon.options import Options, option
 
@@ -44,16 +45,23 @@ class Machine(Options):
         """Threads to decode and to compute with."""
         return self.threads or default_threads()
 
-    def settled(self, training: bool) -> Machine:
-        """With "auto" resolved: the device that there is, and the precision that suits training or inference there."""
+    def settled(self) -> Machine:
+        """With "auto" resolved: the device that there is, and the precision in which networks run there untrained.
+
+        A fixed rule, so that two calls store the same bytes; what a network trains in is `training.settle`'s to say.
+        """
         device = self.target
-        return dataclasses.replace(
-            self, device=str(device), precision=choose_precision(self.precision, device, training)
-        )
+        return dataclasses.replace(self, device=str(device), precision=choose_precision(self.precision, device))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What a network's forward pass runs in; an unsettled precision is that of inference."""
-        return precision_context(choose_precision(self.precision, self.target, training=False), self.target)
+        return precision_context(choose_precision(self.precision, self.target), self.target)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[Cores]:
+        """What a stage computes in, forward and backward: its cores, and float32 that is no TF32 on a GPU."""
+        with Cores(self.threads, self.target) as cores, _without_tf32(self.target):
+            yield cores
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -64,16 +72,21 @@ def precision_context(precision: str, device: torch.device) -> AbstractContextMa
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def choose_precision(precision: str, device: torch.device, training: bool) -> str:
-    """Resolve "auto": on a GPU bfloat16 to train, float16 (finer) for teachers; on a CPU what it computes fast."""
-    import torch
-
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolve "auto" for inference: float16 on a GPU (finer than bfloat16), bfloat16 where a CPU has it, else float32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bfloat16" if training else "float16"
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16()
-    return "bfloat16" if fast else "float32"
+        return "float16"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    import torch
+
+    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return known and bool(_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def choose_device(device: str) -> torch.device:
@@ -105,8 +118,27 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _has_bf16() -> bool:
+@contextlib.contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Let cuDNN's float32 convolutions round to float32, not to TF32's 10 bits; a process-wide switch, put back after."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # set by the newer switches, which this one does not mix with: theirs to choose
+        before = False
+    if device.type != "cuda" or not before:
+        yield
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def _flags() -> set[str]:
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+        return set(Path("/proc/cpuinfo").read_text().split())
+    return set()

@@ -18,6 +18,8 @@ from fastcon.cores import Cores, cores, default_threads
 from fastcon.errors import FastconError
 from fastcon.files import write_atomically, write_json
 
+CONFIG = "config.json"
+
 
 class Run:
     """RUN/config.json says what the run is, RUN/metrics.jsonl what it measured, RUN/run.log when and how fast.
@@ -39,9 +41,8 @@ class Run:
             raise FastconError(f"{self.path} holds other files and no run: give an empty or a new folder as `out`")
 
     def _threads(self) -> int:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return min(int(json.loads(self._file.read_text())["threads"]), cores())
-        return default_threads()
+        begun = recorded(self.path, "threads")
+        return min(begun, cores()) if isinstance(begun, int) else default_threads()
 
     def _only_begun(self) -> bool:
         """True if only an interrupted `begin` left files here."""
@@ -64,7 +65,7 @@ class Run:
 
     @property
     def _file(self) -> Path:
-        return self.path / "config.json"
+        return self.path / CONFIG
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +89,13 @@ class Run:
                     f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
                     "use the same options to resume it, or another `out`"
                 )
+
+
+def recorded(out: str | os.PathLike[str], key: str) -> Any:
+    """What the run in a folder began with, for what is settled once; None where there is no run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads(Path(out, CONFIG).read_text()).get(key)
+    return None
 
 
 class Metrics:

@@ -1,11 +1,17 @@
-"""What every training loop needs to go on after a stop: network, optimizer, loss scaler, random state, in checkpoints.
+"""What every training loop needs: a precision, an optimizer, and checkpoints to go on from after a stop.
 
 Checkpoints hold tensors and plain values only, and the newest readable one counts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import hashlib
 import io
+import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -15,13 +21,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcon.files import write_atomically
-from fastcon.machine import Machine
+from fastcon.cores import Cores, cpu_name
+from fastcon.errors import FastconError
+from fastcon.files import cache_folder, write_atomically, write_json
+from fastcon.machine import Machine, cpu_has_bfloat16, precision_context
 from fastcon.models.classifier import Classifier
+from fastcon.run import recorded
 
 KEEP = 2
 FORMAT = 2
 """Of checkpoints; those of another format are passed over."""
+WORTH = 1.1
+"""Times as fast, at least, that something must be to be preferred to what is finer or already chosen."""
+ROUNDS = 3
+TRIED = 32
+"""Images of a batch that are tried, at most: ratios of larger ones hardly differ, and take long."""
+ENOUGH = 5.0
+"""Seconds after which what was measured so far decides."""
+AMPERE = (8, 0)
+"""The first compute capability of NVIDIA with bfloat16 in hardware."""
+
+
+def settle(machine: Machine, network: Classifier, batch_size: int, out: str | None = None) -> Machine:
+    """`machine` with "auto" resolved to train `network`; the run in the folder `out`, if there is one, keeps what it has.
+
+    A GPU takes bfloat16, or float16 where it lacks that. A CPU takes float32 unless a few steps of bfloat16 are at least
+    WORTH times as fast: which it is depends on the network more than on the CPU. What they took is cached.
+    """
+    device, precision = machine.target, machine.precision
+    if precision == "auto" and out is not None:
+        precision = recorded(out, "precision") or "auto"
+    if precision == "auto" and device.type == "cuda":
+        precision = "bfloat16" if torch.cuda.get_device_capability(device) >= AMPERE else "float16"
+    if precision == "auto":
+        precision = _faster(network, batch_size, machine) if cpu_has_bfloat16() else "float32"
+    return dataclasses.replace(machine, device=str(device), precision=precision)
+
+
+def _faster(network: Classifier, batch_size: int, machine: Machine) -> str:
+    """The precision in which a CPU trains `network`: measured once, then read from the cache."""
+    batch_size = min(batch_size, TRIED)
+    case = (network.architecture, network.size, batch_size, machine.cores, cpu_name(), torch.__version__)
+    name = hashlib.sha256(repr(case).encode()).hexdigest()[:16]
+
+    kept = cache_folder("precision") / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(kept.read_text())["precision"]
+    pixels = torch.zeros(batch_size, 3, network.size, network.size, dtype=torch.uint8)
+    cases = {precision: (pixels, precision) for precision in ("float32", "bfloat16")}
+    with torch.random.fork_rng(devices=[]), machine.computing() as cores:
+        seconds = step_seconds(copy.deepcopy(network).on(machine.target).train(), cases, cores)
+    precision = "bfloat16" if seconds["float32"] >= WORTH * seconds["bfloat16"] else "float32"
+    with contextlib.suppress(OSError, FastconError):  # nowhere to keep it: measured again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {"precision": precision, "case": case, "seconds": seconds})
+    return precision
+
+
+def step_seconds(network: Classifier, cases: dict[str, tuple[Tensor, str]], cores: Cores) -> dict[str, float]:
+    """Seconds an image of a forward and a backward pass, for each case: (uint8 [B, 3, size, size], precision).
+
+    The least of up to ROUNDS rounds, interleaved, after one to warm up. Changes gradients and, where they are trained,
+    running statistics.
+    """
+    best = dict.fromkeys(cases, math.inf)
+    started = math.inf
+    for round_ in range(ROUNDS + 1):
+        for name, (pixels, precision) in cases.items():
+            seconds = _step(network, pixels, precision, cores)
+            if round_:  # the first warms up
+                best[name] = min(best[name], seconds / len(pixels))
+        if time.monotonic() - started > ENOUGH:
+            break
+        started = min(started, time.monotonic())
+    network.zero_grad(set_to_none=True)
+    return best
+
+
+def _step(network: Classifier, pixels: Tensor, precision: str, cores: Cores) -> float:
+    network.zero_grad(set_to_none=True)
+    with cores.turn():
+        started = time.perf_counter()
+        with precision_context(precision, pixels.device):
+            logits = network(pixels)
+        logits.square().mean().backward()
+        if pixels.is_cuda:
+            torch.cuda.synchronize(pixels.device)
+        return time.perf_counter() - started
 
 
 class Loop:

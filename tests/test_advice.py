@@ -10,6 +10,7 @@ import torch
 from conftest import MACHINE
 from test_train import QUICK, UPKEEP
 
+from fastcon import training
 from fastcon.cores import Cores
 from fastcon.distill import advice
 from fastcon.distill.train import train
@@ -20,7 +21,7 @@ def test_each_choice_is_timed_for_what_it_is(generalist_file, monkeypatch):
     student = load(generalist_file).learn("running", dropout=False)
     pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     took = {("bfloat16", 4): 2.0, ("float32", 4): 1.0, ("bfloat16", 8): 6.0}
-    monkeypatch.setattr(advice, "_seconds", lambda _, batch, precision, cores: took[precision, len(batch)])
+    monkeypatch.setattr(training, "_step", lambda _, batch, precision, cores: took[precision, len(batch)])
     rates = advice.measure(student, pixels, "bfloat16", Cores())
     assert rates == {"": 2, "`precision` float32": 4, "`batch_size` 8": pytest.approx(8 / 6)}
 

@@ -55,6 +55,19 @@ def test_nobody_waits_for_ever_for_one_that_is_suspended(tmp_path, monkeypatch):
         started = time.monotonic()
         with other.turn():
             assert 0.2 <= time.monotonic() - started < 2
+        started = time.monotonic()
+        for _ in range(20):  # once is enough: 20 steps do not wait for it 20 times
+            with other.turn():
+                pass
+        assert time.monotonic() - started < 0.2
+    with Cores(folder=str(tmp_path)) as back, Cores(folder=str(tmp_path)) as other:
+        with back.turn(), other.turn():
+            pass
+        with other.turn():  # it let go, so there is a turn to take and to wait for again
+            pass
+        started = time.monotonic()
+        with back.turn(), other.turn():
+            assert 0.2 <= time.monotonic() - started < 2
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastcon.errors import UsageError
-from fastcon.machine import Machine
+from fastcon.machine import Machine, _without_tf32, cpu_has_bfloat16
 
 PROGRAM = """
 import resource, sys
@@ -41,9 +41,9 @@ def test_freed_memory_is_not_fetched_from_the_system_again():
 
 def test_a_settled_machine_says_what_auto_means():
     machine = Machine("cpu")
-    assert machine.settled(training=True).device == "cpu"
-    assert machine.settled(training=True).precision in ("float32", "bfloat16")
-    assert Machine("cpu", "float16").settled(training=False) == Machine("cpu", "float16")
+    assert machine.settled().device == "cpu"
+    assert machine.settled().precision == ("bfloat16" if cpu_has_bfloat16() else "float32")
+    assert Machine("cpu", "float16").settled() == Machine("cpu", "float16")
     assert machine.target == torch.device("cpu")
     assert Machine(threads=3).cores == 3
 
@@ -59,3 +59,13 @@ def test_autocast_is_that_of_the_precision():
         assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.bfloat16
     with Machine("cpu", "float32").autocast():
         assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+
+
+def test_float32_on_a_gpu_is_not_tf32():
+    cudnn = torch.backends.cudnn
+    assert cudnn.allow_tf32  # what PyTorch starts with
+    with _without_tf32(torch.device("cuda")):
+        assert not cudnn.allow_tf32
+    assert cudnn.allow_tf32
+    with _without_tf32(torch.device("cpu")):
+        assert cudnn.allow_tf32

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from conftest import MACHINE
 
 from fastcon import training
+from fastcon.machine import Machine
 from fastcon.models.load import load
-from fastcon.training import Loop, make_optimizer, newest, set_rate
+from fastcon.training import Loop, make_optimizer, newest, set_rate, settle
 
 
 def test_checkpoints_keep_two_and_skip_a_torn_one(tmp_path):
@@ -76,3 +78,68 @@ def test_gradients_are_scaled_in_float16_alone(tmp_path):
     model = load("torchvision:shufflenet_v2_x0_5@random?size=32", classes=["a", "b"])
     half = dataclasses.replace(MACHINE, precision="float16")
     assert Loop(model, make_optimizer(model, 0.1, 0.1, 0, 0), half, tmp_path, 1).scaler.is_enabled()
+
+
+def _auto(monkeypatch, tmp_path, float32: float, bfloat16: float) -> list[dict]:
+    """A cache of its own, and a CPU on which a step takes so long in either precision; every measurement is noted."""
+    calls = []
+
+    def measured(network, cases, cores):
+        calls.append({name: (len(pixels), precision) for name, (pixels, precision) in cases.items()})
+        network(next(iter(cases.values()))[0])  # in train mode: moves the running statistics of what it is given
+        torch.rand(3)
+        return {"float32": float32, "bfloat16": bfloat16}
+
+    monkeypatch.setenv("FASTCON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(training, "step_seconds", measured)
+    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: True)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "chosen"), [(0.9, 1.0, "float32"), (1.05, 1.0, "float32"), (1.2, 1.0, "bfloat16")]
+)
+def test_a_cpu_trains_in_the_precision_that_was_measured_faster(tmp_path, monkeypatch, float32, bfloat16, chosen):
+    calls = _auto(monkeypatch, tmp_path, float32, bfloat16)
+    network = load("torchvision:shufflenet_v2_x0_5@random?size=32")
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    random = torch.get_rng_state()
+    assert settle(Machine("cpu", threads=1), network, 6) == Machine("cpu", chosen, threads=1)
+    assert calls == [{name: (6, name) for name in ("float32", "bfloat16")}]
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    settle(Machine("cpu", threads=1), network, 6)
+    assert len(calls) == 1  # from the cache
+    settle(Machine("cpu", threads=1), network, 7)
+    assert len(calls) == 2  # another batch is another case
+    assert settle(Machine("cpu", "float16"), network, 6).precision == "float16"  # what is asked for is not measured
+
+
+def test_a_damaged_or_unwritable_cache_of_precisions_is_measured_again(tmp_path, monkeypatch):
+    calls = _auto(monkeypatch, tmp_path, 1.0, 0.5)
+    network = load("torchvision:shufflenet_v2_x0_5@random?size=32")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert settle(Machine("cpu"), network, 6).precision == "bfloat16"
+    (tmp_path / "cache").unlink()
+    settle(Machine("cpu"), network, 6)
+    [kept] = (tmp_path / "cache" / "precision").iterdir()
+    kept.write_text("{")
+    assert settle(Machine("cpu"), network, 6).precision == "bfloat16"
+    assert len(calls) == 3
+
+
+def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch):
+    calls = _auto(monkeypatch, tmp_path, 1.0, 0.5)
+    network = load("torchvision:shufflenet_v2_x0_5@random?size=32")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"precision": "float32"}')
+    assert settle(Machine("cpu"), network, 6, str(tmp_path / "run")).precision == "float32"
+    assert not calls
+    assert settle(Machine("cpu"), network, 6, str(tmp_path / "other")).precision == "bfloat16"
+
+
+def test_without_bfloat16_in_hardware_nothing_is_measured(tmp_path, monkeypatch):
+    calls = _auto(monkeypatch, tmp_path, 1.0, 0.5)
+    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: False)
+    assert settle(Machine("cpu"), load("torchvision:shufflenet_v2_x0_5@random?size=32"), 6).precision == "float32"
+    assert not calls

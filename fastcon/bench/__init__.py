@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastcon.cores import cores
+from fastcon.cores import cores, cpu_name
 from fastcon.errors import UsageError
 from fastcon.files import write_json
 from fastcon.machine import choose_device
@@ -37,7 +37,7 @@ def record(rows: list[Row]) -> dict[str, Any]:
     return {
         "command": " ".join(["fastcon", *(os.path.basename(part) for part in sys.argv[1:])]),  # no places of a machine
         "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": _cpu(), "cores": cores(), "machine": platform.machine(), **gpu},
+        "hardware": {"cpu": cpu_name(), "cores": cores(), "machine": platform.machine(), **gpu},
         "versions": versions(),
         "rows": rows,
     }
@@ -106,10 +106,3 @@ def compared(name: str, ours: list[float], theirs: list[float], unit: str, devic
         "device": device,
         **facts,
     }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

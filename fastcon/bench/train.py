@@ -22,12 +22,12 @@ from fastcon.data.manifest import index
 from fastcon.distill import precompute
 from fastcon.distill.loader import Loader
 from fastcon.distill.loss import loss
-from fastcon.machine import Machine, choose_precision, precision_context
+from fastcon.machine import Machine, precision_context
 from fastcon.models.classifier import Classifier
 from fastcon.models.load import load
 from fastcon.store.format import Recipe
 from fastcon.store.replay import Replay
-from fastcon.training import compiled, make_optimizer
+from fastcon.training import compiled, make_optimizer, settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _precompute(
     folder: Path, manifest: Any, recipe: Recipe, scale: Scale, device: torch.device, rounds: int, case: str
 ) -> Row:
     """The whole stage into a new store, from its first batch on, against the teachers on a batch in memory."""
-    machine = Machine(str(device)).settled(training=False)
+    machine = Machine(str(device)).settled()
     teachers = [
         precompute.Teacher(f"teacher-{k}", "none", _network(scale, device, k).eval()) for k in range(scale.teachers)
     ]
@@ -127,11 +127,11 @@ def _precompute(
 
 
 def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: int, case: str) -> list[Row]:
-    used = choose_precision("auto", device, training=True)
+    used = _precision(scale, device)
     loader = Loader(str(path), batch_size=scale.batch, epochs=1_000_000, device=device)
     step = _step(loader, scale, device, used)
     teachers = [_network(scale, device, k).eval() for k in range(count)]
-    teaching = Machine(str(device)).settled(training=False)
+    teaching = Machine(str(device)).settled()
 
     @torch.inference_mode()
     def teach(pixels: Tensor) -> Tensor:
@@ -203,6 +203,11 @@ def _step(
     return step
 
 
+def _precision(scale: Scale, device: torch.device) -> str:
+    """What `fastcon.train` would train in here."""
+    return settle(Machine(str(device)), _network(scale, device), scale.batch).precision
+
+
 def _timed(work: Callable[[], Any], scale: Scale, device: torch.device) -> Callable[[], float]:
     """img/s of a step, after one to warm up."""
 
@@ -220,10 +225,10 @@ def _timed(work: Callable[[], Any], scale: Scale, device: torch.device) -> Calla
 
 def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case: str, say: Say) -> Iterator[Row]:
     """Steps on a batch in memory as --compile makes them, against the same without; on a GPU at the paper's batch, too."""
-    used = choose_precision("auto", device, training=True)
     modes = ("default", "graphs") if device.type == "cuda" else ("default",)
     for batch in sorted({scale.batch, PAPERS_BATCH}):
         scale = dataclasses.replace(scale, batch=batch)
+        used = _precision(scale, device)
         loader = Loader(str(path), batch_size=batch, device=device)
         [kept] = itertools.islice(loader, 1)
         variants = {}

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
-
 import torch
 from torch import Tensor
 
 from fastcon.cores import Cores
-from fastcon.machine import precision_context
 from fastcon.models.classifier import Classifier
-
-ROUNDS = 3
-WORTH = 1.1
-"""Times as fast, at least, that something else must be to be recommended."""
+from fastcon.training import WORTH, step_seconds
 
 
 def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -> dict[str, float]:
@@ -26,25 +19,7 @@ def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -
     cases = {"": (pixels, precision)}
     cases |= {f"`precision` {other}": (pixels, other) for other in others if other != precision}
     cases[f"`batch_size` {2 * len(pixels)}"] = (torch.cat([pixels, pixels]), precision)
-    best = dict.fromkeys(cases, math.inf)
-    for round_ in range(ROUNDS + 1):
-        for name, (batch, used) in cases.items():
-            seconds = _seconds(student, batch, used, cores)
-            if round_:  # the first warms up
-                best[name] = min(best[name], seconds / len(batch))
-    return {name: 1 / seconds for name, seconds in best.items()}
-
-
-def _seconds(student: Classifier, batch: Tensor, precision: str, cores: Cores) -> float:
-    student.zero_grad(set_to_none=True)
-    with cores.turn():
-        started = time.perf_counter()
-        with precision_context(precision, batch.device):
-            logits = student(batch)
-        logits.square().mean().backward()
-        if batch.is_cuda:
-            torch.cuda.synchronize(batch.device)
-        return time.perf_counter() - started
+    return {name: 1 / seconds for name, seconds in step_seconds(student, cases, cores).items()}
 
 
 def say(rates: dict[str, float]) -> str:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon.cores import Cores
 from fastcon.data import decode, views
 from fastcon.data.decode import Request
 from fastcon.data.manifest import Manifest
@@ -78,7 +77,7 @@ def precompute(
     """
     check_names([teacher.name for teacher in teachers])
     started = time.perf_counter()
-    machine = machine.settled(training=False)
+    machine = machine.settled()
     used = decode.settings(machine)
     with open_for_writing(path, manifest, recipe, view_count, used) as store, stop_signals() as stop:
         if recipe.bake is not None:
@@ -153,7 +152,7 @@ def measure(
     manifest: Manifest, teachers: list[Teacher], recipe: Recipe, machine: Machine, batch_size: int, logits: str
 ) -> Measured:
     """Time the first few batches, after one to warm up."""
-    machine = machine.settled(training=False)
+    machine = machine.settled()
     for teacher in teachers:
         teacher.model.on(machine.target)
     indices = np.arange(5 * batch_size) % len(manifest)
@@ -223,7 +222,7 @@ def fill(
     requests = (replay.request(view, rows) for view, _, rows in planned)
     decoded = decode.decode(replay.images, requests, [teacher.model.size for teacher in teachers], batch_size, machine)
     pieces: dict[str, list[Parts]] = {}
-    with _Writer(store) as writer, Cores(machine.threads, machine.target) as cores:
+    with _Writer(store) as writer, machine.computing() as cores:
         for (view, chunk, rows), pixels in zip(planned, decoded, strict=True):
             for teacher in teachers:
                 if missing[teacher.name][view, chunk]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcon.cores import Cores
 from fastcon.distill import loss as objective
 from fastcon.distill.loader import Loader
 from fastcon.distill.options import TrainOptions
@@ -92,7 +91,7 @@ def agreement(start: Classifier, loader: Loader, options: TrainOptions, machine:
     sums, images = torch.zeros(3, dtype=torch.float64), 0
     _, columns = start.head_index(start.heads[0].name)
     batches = theirs.batches(range(1))
-    with contextlib.closing(batches), torch.random.fork_rng(), torch.no_grad(), Cores(machine.threads, device) as cores:  # type: ignore[type-var]
+    with contextlib.closing(batches), torch.random.fork_rng(), torch.no_grad(), machine.computing() as cores:  # type: ignore[type-var]
         for batch in itertools.islice(batches, -(-COMPARED // options.batch_size)):
             with cores.turn(), machine.autocast():
                 logits = start(batch.pixels)[:, columns]

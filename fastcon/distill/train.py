@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcon.cores import Cores
 from fastcon.data.manifest import Manifest
 from fastcon.distill import advice
 from fastcon.distill import loss as objective
@@ -32,7 +31,7 @@ from fastcon.models.load import RUN_HEADS, RUN_WEIGHTS
 from fastcon.run import Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
 from fastcon.store.reader import Store
-from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate
+from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate, settle
 
 RESULT = RUN_WEIGHTS[0]
 
@@ -51,9 +50,9 @@ def train(
 
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
-    machine, upkeep = (machine or Machine()).settled(training=True), upkeep or Upkeep()
-    store, options = Store(store_path), options or TrainOptions()
+    store, options, upkeep = Store(store_path), options or TrainOptions(), upkeep or Upkeep()
     start = students.starting_network(store, options.student)
+    machine = settle(machine or Machine(), start, options.batch_size, out)
     options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
     config = {"command": "train", "store": _identity(store, names)}
@@ -97,7 +96,7 @@ def train(
 
     began, start_step = time.monotonic(), loop.step
     epoch, done = divmod(loop.step, steps)
-    with Cores(machine.threads, device) as cores, stop_signals() as stop:
+    with machine.computing() as cores, stop_signals() as stop:
         waits = Waits(loader.waits, cores)
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
             set_rate(optimizer, loop.step / total, options.milestones)

@@ -55,7 +55,7 @@ def verify(
     seed: int = 0,
 ) -> list[Check]:
     """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all."""
-    machine = (machine or Machine()).settled(training=False)
+    machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)
     manifest = images if isinstance(images, Manifest) else index(list(images or store.record.images.sources))

@@ -15,9 +15,10 @@ import torch
 from fastcon.data import datasets
 from fastcon.data.sources import read
 from fastcon.errors import FastconError
-from fastcon.machine import choose_precision, precision_context
+from fastcon.machine import Machine, precision_context
 from fastcon.models.load import load
 from fastcon.study.plan import Job, Study
+from fastcon.training import settle
 
 BATCH = 32
 
@@ -103,10 +104,11 @@ def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None
     model = load(f"{architecture.partition('@')[0]}@random?size={side}").on(device)
     say(f"measuring {architecture} at {side} px on {device} …")
     pixels = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
-    training = choose_precision("auto", device, training=True)
+    machine = Machine(str(device))
+    training = settle(machine, model, BATCH).precision
 
     def ahead() -> None:
-        with torch.inference_mode(), precision_context(training, device):
+        with torch.inference_mode(), machine.autocast():
             model.eval()(pixels)
 
     def step() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcon.cores import Cores
 from fastcon.data import decode, views
 from fastcon.data.decode import Request
 from fastcon.data.manifest import Manifest
@@ -32,7 +31,7 @@ def features(
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """Features [n, D] of every image of a manifest, from the cache where this model has seen these images."""
-    machine, size = machine.settled(training=False), size or model.size
+    machine, size = machine.settled(), size or model.size
     path = cache_folder("features") / f"{_key(model, manifest, machine, size)}.npy"
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
@@ -41,7 +40,7 @@ def features(
                 return cached
     out = np.empty((len(manifest), model.feature_size), dtype=np.float32)
     everything = np.arange(len(manifest))
-    with Cores(machine.threads, machine.target) as cores:
+    with machine.computing() as cores:
         for rows, pixels in center_crops(manifest, everything, size, batch_size, machine):
             with cores.turn(), torch.inference_mode(), machine.autocast():
                 out[rows] = model.features(pixels).cpu().numpy()
@@ -62,8 +61,8 @@ def logits(
     model: Classifier, manifest: Manifest, indices: NDArray[np.intp], machine: Machine, batch_size: int = 128
 ) -> NDArray[np.float32]:
     """Logits [m, C of all heads] of some images at the centre crop, as large as the model's input."""
-    machine, parts = machine.settled(training=False), []
-    with Cores(machine.threads, machine.target) as cores:
+    machine, parts = machine.settled(), []
+    with machine.computing() as cores:
         for _, pixels in center_crops(manifest, indices, model.size, batch_size, machine):
             with cores.turn(), torch.inference_mode(), machine.autocast():
                 parts.append(model(pixels).float().cpu().numpy())

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcon.cores import Cores
 from fastcon.data import splits, views
 from fastcon.data.decode import Request, decode
 from fastcon.data.splits import Subset
@@ -30,7 +29,7 @@ from fastcon.models.classifier import Classifier, Head, choose_batch_norm
 from fastcon.models.load import RUN_WEIGHTS, load
 from fastcon.models.origin import is_random
 from fastcon.run import Metrics, Run, stop_signals
-from fastcon.training import Loop, make_optimizer, set_rate
+from fastcon.training import Loop, make_optimizer, set_rate, settle
 from fastcon.transfer import features
 from fastcon.transfer.few_shot import interval
 from fastcon.transfer.options import FinetuneOptions, TuneOptions
@@ -157,9 +156,9 @@ class _Tuning:
         say: Say,
     ) -> _Tuning:
         """Open the run that these options and images make. Raises FastconError where `out` holds another."""
-        machine = machine.settled(training=True)
         start = load(init, size=options.size, untrained=command == "teach")
         start.set_size(options.size or start.size)
+        machine = settle(machine, start, options.batch_size, out)
         options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
         identity = {
             "init_weights": start.digest(),
@@ -273,7 +272,7 @@ def fit(
         count(loop.step)
     metrics = Metrics(run.path / f"metrics-{stage}.jsonl", saved["metrics"] if saved else 0)
     batches = _batches(train, loop.step, model.size, options, machine)
-    with Cores(machine.threads, machine.target) as cores, contextlib.closing(batches), stop_signals() as stop:
+    with machine.computing() as cores, contextlib.closing(batches), stop_signals() as stop:
         for pixels, labels in batches:
             set_rate(optimizer, loop.step / total, options.milestones)
             with cores.turn():

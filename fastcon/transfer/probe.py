@@ -38,7 +38,7 @@ def probe(
     show: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Accuracy of the frozen features of each backbone, a MODEL. show gets each one's row of results when it is done."""
-    machine = machine.settled(training=False)
+    machine = machine.settled()
     train, test = task.parts(index)
     several = splits.MULTI_LABEL_SHOTS if train.multi_label else splits.SHOTS
     shots, trials = (None, 1) if options.full else (options.shots or several, options.trials or TRIALS)
