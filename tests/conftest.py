@@ -14,7 +14,9 @@ from fastcon.machine import Machine
 from fastcon.models.load import load
 from fastcon.store.format import COPY, Recipe, record_digest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+if "FASTCON_TEST_DEVICE" not in os.environ:  # which bin/test --gpu sets: see tests/gpu/device.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere, with a GPU or without
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # both read when PyTorch and Triton are first used
 
 import numpy as np
 import pytest

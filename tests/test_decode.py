@@ -229,3 +229,28 @@ def test_versions_are_found_whatever_their_cuda():
     found = decoding._versions("nvidia-nvimgcodec", "nvidia-nvjpeg")
     assert sorted(name.partition("-cu")[0] for name in found) == ["nvidia-nvimgcodec", "nvidia-nvjpeg"]
     assert all(version[0].isdigit() for version in found.values())
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("most", [1, 25_000])
+def test_a_batch_of_large_images_is_decoded_in_parts(proxy, monkeypatch, loader, most):
+    areas = proxy.areas(np.arange(len(proxy)))
+    assert areas.tolist() == (proxy.widths.astype(int) * proxy.heights).tolist()
+    whole = pixels_of(proxy, 40, [24, 32], loader=loader)
+    monkeypatch.setattr(decoding, "AT_ONCE", most)
+    read = []
+    monkeypatch.setattr(decoding, "_read", lambda reader, requests: _noting(reader, requests, read))
+    batches = list(decoding.decode(proxy, requests_of(proxy, 40), [24, 32], 40, Machine("cpu", loader=loader)))
+    assert [len(batch[24]) for batch in batches] == [40, 40, 40, 30]
+    for size in (24, 32):
+        assert torch.equal(torch.cat([batch[size] for batch in batches]), whole[size])
+        assert batches[0][size].is_contiguous(memory_format=torch.channels_last)
+    assert len(read) > 4
+    assert np.concatenate(read).tolist() == list(range(len(proxy)))
+    assert all(len(part) == 1 or areas[part].sum() <= most for part in read)
+
+
+def _noting(reader, requests, read):
+    for request in requests:
+        read.append(request.indices)
+        yield request, reader.read(request.indices.tolist())

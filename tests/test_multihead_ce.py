@@ -80,17 +80,24 @@ def quantised(rows: int, segments: Segments, seed: int) -> tuple[QuantisedLogits
 
 
 def check(
-    student: Tensor, teacher: Tensor | QuantisedLogits, segments: Segments, impl: str, dense: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor | QuantisedLogits,
+    segments: Segments,
+    impl: str,
+    dense: Tensor | None = None,
+    device: str = "cpu",
 ) -> None:
     total, losses, gradient = oracle(student, teacher if dense is None else dense, segments)
-    leaf = student.clone().requires_grad_()
+    leaf = student.to(device, copy=True).requires_grad_()
+    quantised = isinstance(teacher, QuantisedLogits)
+    teacher = QuantisedLogits(*(part.to(device) for part in teacher)) if quantised else teacher.to(device)
     result = multihead_cross_entropy(leaf, teacher, segments, impl)
     (3 * result.total).backward()
-    torch.testing.assert_close(result.losses.double(), losses, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(result.total.double(), total.detach(), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.losses.cpu().double(), losses, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.total.cpu().double(), total.detach(), rtol=2e-5, atol=2e-5)
     # The gradient comes in the student's own type, rounded twice (Triton's interpreter cuts bfloat16 off instead).
     spacing = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.25e-2}[student.dtype]
-    error = (leaf.grad.double() / 3 - gradient).abs()
+    error = (leaf.grad.cpu().double() / 3 - gradient).abs()
     assert (error <= spacing * gradient.abs() + 1e-6 / len(student)).all(), error.max()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import configparser
 import re
 import shlex
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_the_readme_is_short_and_so_are_its_programs():
     assert set(PYTHON) == set(PRINTED)
     assert len([line for line in PYTHON["README 0"].splitlines() if line]) <= 10
     assert len([line for line in PYTHON["guide 0"].splitlines() if line]) <= 20
+
+
+def test_the_install_line_for_cuda_12_names_all_that_is_required():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needed = {re.match(r"[\w-]+", line)[0] for line in setup["options"]["install_requires"].split("\n") if line}
+    needed = needed - {"nvidia-dali-cuda130", "triton"} | {"nvidia-dali-cuda120"}  # Triton comes with PyTorch
+    line = re.search(r"`pip install (torch [^`]*)`", (ROOT / "docs" / "guide.md").read_text())[1]
+    assert set(line.split()) == needed
 
 
 @pytest.mark.parametrize("name", PRINTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,15 +27,16 @@ def bench(
 ) -> list[Row]:
     """us of loss and gradient: the fused call, which also gives KL and agreement, against a loop over heads.
 
-    The loop gives the loss alone, in a second row as much as the fused call. On a GPU the student's logits are bfloat16,
-    there are times under a CUDA graph, and the share of the bandwidth of a plain copy at 4,096 x 10,000. Where
-    torch.compile, or Liger-Kernel's KL divergence on a GPU, does not work its rows are left out.
+    The loop gives the loss alone, in a second row as much as the fused call. The student's logits are float32, as training
+    gives them; on a GPU bfloat16, too, there are times under a CUDA graph, and the share of the bandwidth of a plain copy
+    at 4,096 x 10,000. Where torch.compile, or Liger-Kernel's KL divergence on a GPU, does not work its rows are left out.
     """
     rows: list[Row] = []
     on_gpu = device.type == "cuda"
-    for batch, widths in cases or CASES:
+    dtypes = (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,)
+    for (batch, widths), dtype in itertools.product(cases or CASES, dtypes):
         segments = objective.segments(widths, objective.head_weights(list(map(str, range(len(widths)))), "0"))
-        student, teacher = _logits(batch, segments, device)
+        student, teacher = _logits(batch, segments, device, dtype)
         variants = {
             "ours": _timed(functools.partial(_fused, student, teacher, segments), student),
             "eager": _timed(functools.partial(_loop, student, teacher, segments), student),
@@ -47,7 +49,7 @@ def bench(
         seconds = interleave(variants, rounds)
         case: dict[str, Any] = {
             "case": f"B = {batch}, {len(widths)} heads, {sum(widths)} classes",
-            "dtype": str(student.dtype)[6:],
+            "dtype": str(dtype)[6:],
         }
         for name, theirs in (
             ("loss_vs_eager", "eager"),
@@ -63,8 +65,8 @@ def bench(
             rows += _tried(
                 "loss_vs_eager, both in a CUDA graph,", say, _graph_row, student, teacher, segments, rounds, case
             )
-    if on_gpu:
-        rows += _tried("loss_bandwidth", say, _bandwidth, device, rounds)
+    for dtype in dtypes if on_gpu else ():
+        rows += _tried("loss_bandwidth", say, _bandwidth, device, dtype, rounds)
     return rows
 
 
@@ -77,11 +79,10 @@ def _tried(what: str, say: Say, make: Callable[..., T], *arguments: Any) -> list
         return []
 
 
-def _logits(batch: int, segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+def _logits(batch: int, segments: Segments, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(batch, segments.columns, generator=generator) * 3 for _ in range(2))
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return student.to(device, kind).requires_grad_(), teacher.to(device, torch.float16)
+    return student.to(device, dtype).requires_grad_(), teacher.to(device, torch.float16)
 
 
 def _micro(seconds: list[float]) -> list[float]:
@@ -217,8 +218,8 @@ def _replayed(graph: torch.cuda.CUDAGraph, device: torch.device, times: int = 20
     return run
 
 
-def _bandwidth(device: torch.device, rounds: int) -> Row:
-    """GB/s of loss and gradient (bfloat16 and float16 in, bfloat16 out) against that of a copy of as many bytes.
+def _bandwidth(device: torch.device, dtype: torch.dtype, rounds: int) -> Row:
+    """GB/s of loss and gradient (student in, float16 teacher in, gradient out) against that of a copy of as many bytes.
 
     What backward does with the gradient, which is to multiply it by a number, is not part of it. Both in a CUDA graph.
     """
@@ -226,9 +227,9 @@ def _bandwidth(device: torch.device, rounds: int) -> Row:
 
     batch, widths = LARGE
     segments = objective.segments(widths, [1.0])
-    student, teacher = _logits(batch, segments, device)
+    student, teacher = _logits(batch, segments, device, dtype)
     student = student.detach()
-    moved = 6 * student.numel()
+    moved = (2 * student.element_size() + teacher.element_size()) * student.numel()
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     works: dict[str, Callable[[], object]] = {
@@ -237,4 +238,4 @@ def _bandwidth(device: torch.device, rounds: int) -> Row:
     }
     seconds = interleave({name: _replayed(_captured(work, device), device) for name, work in works.items()}, rounds)
     ours, copied = ([moved / s / 1e9 for s in seconds[name]] for name in ("ours", "copy"))
-    return compared("loss_bandwidth", ours, copied, "GB/s", "cuda", case=f"{batch} x {widths[0]}")
+    return compared("loss_bandwidth", ours, copied, "GB/s", "cuda", case=f"{batch} x {widths[0]}", dtype=str(dtype)[6:])

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import io
+import itertools
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from fastcon.machine import Machine
 MIXED = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 """Of the decoder on a GPU. Colours are upsampled as on the CPU: else pixels of 4:2:0 photos differ by about 0.5 of 255. No share
 for the hardware decoder: on Hopper it was seen to write out of stream order (torchcodec issue 1634)."""
+AT_ONCE = 1 << 28
+"""Pixels of whole images that are decoded at a time, about 0.8 GB: 128 photos of 12 megapixels would take 4.6, thrice over."""
 TOGETHER = 256
 """Baked views that are decoded at a time: up to 8 smaller batches of them are joined."""
 
@@ -86,6 +89,9 @@ class Images(Protocol):
     def name(self, index: int) -> str:
         """What to call an image."""
 
+    def areas(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Pixels that some images have, whole."""
+
     def reader(self) -> Reader:
         """Open it."""
 
@@ -102,32 +108,52 @@ def decode(
     most = batch_size
     if images.side is not None:  # small images, whose batches are taken together
         most = max(most, min(8 * most, TOGETHER))
-    counts: deque[list[int]] = deque()
+    expected: deque[tuple[list[int], int]] = deque()  # of each group: images of its requests, and in how many parts
 
-    def groups() -> Iterator[Request]:
+    def parts() -> Iterator[Request]:
         for group in _grouped(requests, most):
-            counts.append([len(request.indices) for request in group])
-            yield Request.joined(group)
+            whole = Request.joined(group)
+            bounds = _bounds(images.areas(whole.indices))
+            expected.append(([len(request.indices) for request in group], len(bounds)))
+            yield from (whole[bound] for bound in bounds)
 
     recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about: all that is on its way
     plan = _Plan(sorted(set(sizes)), images.side, most, machine.cores, machine.target, machine.loader)
     with contextlib.ExitStack() as opened:  # which closes the last first
         reader = opened.enter_context(contextlib.closing(images.reader()))
-        encoded = prefetch(_remembered(_read(reader, groups()), recent), depth=2)
+        encoded = prefetch(_remembered(_read(reader, parts()), recent), depth=2)
         opened.enter_context(contextlib.closing(encoded))
         decoded = prefetch(GRAPHS[machine.loader](encoded, plan), depth=1)
         opened.enter_context(contextlib.closing(decoded))
         try:
             for pixels, ready in decoded:
+                hand_over(pixels.values(), ready)
+                counts, more = expected.popleft()
+                for _ in range(more - 1):
+                    part, ready = next(decoded)
+                    hand_over(part.values(), ready)
+                    pixels = {size: torch.cat([pixels[size], part[size]]) for size in pixels}
                 start = 0
-                for count in counts.popleft():
+                for count in counts:
                     batch = {size: together[start : start + count] for size, together in pixels.items()}
-                    hand_over(batch.values(), ready)
                     yield batch
                     start += count
                 del pixels, batch  # whoever used them decides how long they live
         except _Undecodable as error:
             raise FastconError(_culprit(images, recent, plan) or str(error)) from error
+
+
+def _bounds(areas: NDArray[np.int64]) -> list[slice]:
+    """Cut a request where its images together have more than AT_ONCE pixels: on a GPU they are decoded whole."""
+    if areas.sum() <= AT_ONCE:
+        return [slice(0, len(areas))]
+    starts, held = [0], 0
+    for k, area in enumerate(areas.tolist()):
+        if held and held + area > AT_ONCE:
+            starts.append(k)
+            held = 0
+        held += area
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, len(areas)])]
 
 
 def hand_over(tensors: Iterable[Tensor], ready: torch.cuda.Event | None) -> None:

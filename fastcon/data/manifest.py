@@ -96,6 +96,10 @@ class Manifest:
         start = self.name_ends[index - 1] if index else 0
         return os.fsdecode(self.names[start : self.name_ends[index]].tobytes())
 
+    def areas(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Pixels that some of the images have."""
+        return self.widths[indices].astype(np.int64) * self.heights[indices]
+
     @property
     def digest(self) -> str:
         """SHA-256 over ids and content digests in order: equal for the same images, wherever they lie."""

@@ -63,6 +63,10 @@ class BakedViews:
         view, row = divmod(index, self.store.rows)
         return f"baked view {view}, row {row}"
 
+    def areas(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Pixels of each."""
+        return np.full(len(indices), self.store.recipe.size**2, dtype=np.int64)
+
     def reader(self) -> Reader:
         """Reads their bytes, checked against the store's record."""
         return _ShardReader(self.store, self._keep)

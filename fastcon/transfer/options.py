@@ -27,7 +27,9 @@ class ProbeOptions(Options):
     trials: int | None = option(None, "Draws of training images (default: 50).", low=1)
     folds: int = option(5, "Cross-validation folds that choose C.", low=2)
     c_grid: tuple[float, ...] = option(C_GRID, "Values of C.", parse=positive, text="0.001,0.01,0.1,1,10,100,1000")
-    solver: str = option("auto", "SVM solver.", choices=SOLVERS)
+    solver: str = option(
+        "auto", "SVM solver; batched is certified, sklearn slow, cuml (a GPU) approximate.", choices=SOLVERS
+    )
     scale_features: str = option("none", "Scaling of features (the paper: none).", choices=("none", "l2"))
     size: int | None = option(None, "Input size (default: the backbones').", low=8, high=4096)
     batch_size: int = option(128, "Images per batch.", low=1)

@@ -2,7 +2,8 @@
 
 The objective is liblinear's, one-vs-rest: 1/2 |(w, b)|^2 + C sum_i max(0, 1 - y_i (w.x_i + b))^2, the intercept b
 penalised as one more weight. `batched` is our own and certifies every solution; `sklearn` and `cuml` are the well-kept
-libraries to check it against. `LinearSVM` offers the batched one as a scikit-learn estimator.
+libraries to check it against. cuML is approximate: its line search and its gradient disagree on the squared hinge, so that
+it may stop above the optimum. `LinearSVM` offers the batched one as a scikit-learn estimator.
 """
 
 from __future__ import annotations
