@@ -98,7 +98,8 @@ def check(
     # The gradient comes in the student's own type, rounded twice (Triton's interpreter cuts bfloat16 off instead).
     spacing = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.25e-2}[student.dtype]
     error = (leaf.grad.cpu().double() / 3 - gradient).abs()
-    assert (error <= spacing * gradient.abs() + 1e-6 / len(student)).all(), error.max()
+    subnormal = 2**-24 if student.dtype == torch.float16 else 0  # the spacing of its smallest numbers
+    assert (error <= spacing * gradient.abs() + 1e-6 / len(student) + subnormal).all(), error.max()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -170,3 +170,12 @@ def test_wheel_and_sdist_hold_the_kernels(tmp_path):
     script = "import fastcon.kernels.svm as m, fastcon; print(m.__file__)"
     out = subprocess.run([sys.executable, "-c", script], cwd=site, check=True, capture_output=True, text=True).stdout
     assert out.strip() == str(site / "fastcon" / "kernels" / "svm.py")
+
+
+def test_without_a_gpu_its_tests_are_skipped_and_say_why():
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("FASTCON_TEST_DEVICE", None)
+    done = subprocess.run([ROOT / "bin" / "test", "--gpu"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 5  # pytest's for: no test ran
+    assert "PyTorch sees no GPU here" in done.stdout
+    assert "passed" not in done.stdout

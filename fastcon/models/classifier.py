@@ -106,6 +106,13 @@ class Classifier(nn.Module):
         """
         self.train(dropout)
         for module in self.modules():
+            if hasattr(
+                module, "attention_bias_cache"
+            ):  # timm's, which outside training mode keeps its first batch's graph
+                module.train()
+                for child in module.children():
+                    child.train(dropout)
+        for module in self.modules():
             if getattr(module, "running_var", None) is not None:
                 module.train(batch_norm == "batch")
         return self

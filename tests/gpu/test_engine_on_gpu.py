@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import signal
 from dataclasses import replace
@@ -26,6 +27,7 @@ from fastcon.data import rendered
 from fastcon.data.manifest import Manifest, index
 from fastcon.distill import train as training
 from fastcon.distill.loader import Loader
+from fastcon.distill.options import Upkeep
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.train import train
 from fastcon.distill.verify import verify
@@ -135,15 +137,19 @@ def test_logits_do_not_depend_on_the_device(stores, teachers):
 
 
 @pytest.mark.parametrize("mode", ["none", "default", "graphs"])
-@pytest.mark.parametrize(("precision", "within"), [("float32", 0.01), ("bfloat16", 0.05), ("float16", 0.05)])
-def test_training_on_a_gpu_follows_the_cpu(stores, proxy, tmp_path, mode, precision, within):
+@pytest.mark.parametrize(("precision", "within"), [("float32", 2e-3), ("bfloat16", 0.1), ("float16", 3e-2)])
+def test_the_first_steps_of_training_are_the_cpus(stores, proxy, tmp_path, mode, precision, within):
+    """Later ones need not be: training magnifies what rounding differs by."""
     losses = []
     for name, machine, how in (
         ("cpu", Machine("cpu", "float32", LOADER), "none"),
         ("gpu", Machine(DEVICE, precision, LOADER), mode),
     ):
-        upkeep = replace(UPKEEP, compile=how)
-        losses.append(train(str(stores["cpu"]), str(tmp_path / name), QUICK, machine, upkeep, proxy)["loss"])
+        upkeep = Upkeep(log_every=1, compile=how)
+        train(str(stores["cpu"]), str(tmp_path / name), replace(QUICK, epochs=1), machine, upkeep, proxy)
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if 1 <= row["step"] <= 3])
+    assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=within)
 
 

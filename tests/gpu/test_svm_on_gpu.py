@@ -26,7 +26,7 @@ def test_the_same_c_and_accuracies_on_both(classes, width):
 
 @pytest.mark.parametrize("cost", C_GRID)
 def test_solutions_are_the_same_dual_and_primal(cost):
-    x, y = features_like_resnets(10, 8, 60)
+    x, y = features_like_resnets(10, 40, 20)  # more rows than features: not separable, as what the primal is for
     rows = torch.from_numpy(x).double()
     signs = torch.from_numpy(np.where(y == np.arange(10)[:, None], 1.0, -1.0))
     found = {}
