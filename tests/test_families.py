@@ -46,7 +46,8 @@ def test_a_family_goes_the_whole_way(spec, twelve, tmp_path):
     package, name, *size = spec.split(":")
     side = int(size[0]) if size else 64
     network = load(f"{package}:{name}@random?size={side}", classes=CLASSES)
-    _settle_statistics(network)
+    if name == "inception_v3":
+        _settle_statistics(network)
     weights = tmp_path / "generalist.safetensors"
     weights.write_bytes(network.export("head"))
     store, run = tmp_path / "store", tmp_path / "run"
@@ -68,14 +69,14 @@ def test_a_family_goes_the_whole_way(spec, twelve, tmp_path):
 
 
 def _settle_statistics(network: Classifier) -> None:
-    """Batch-norms that start at mean 0 and variance 1 let the activations of deep networks overflow."""
+    """With batch-norms at mean 0 and variance 1 its logits overflow float16."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     blobs = torch.rand(16, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        network.train()((nn.functional.interpolate(blobs, network.size) * 255).to(torch.uint8))
+        network.learn("batch", dropout=False)((nn.functional.interpolate(blobs, network.size) * 255).to(torch.uint8))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()

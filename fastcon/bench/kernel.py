@@ -79,7 +79,9 @@ def _tried(what: str, say: Say, make: Callable[..., T], *arguments: Any) -> list
         return []
 
 
-def _logits(batch: int, segments: Segments, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _logits(
+    batch: int, segments: Segments, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(batch, segments.columns, generator=generator) * 3 for _ in range(2))
     return student.to(device, dtype).requires_grad_(), teacher.to(device, torch.float16)
