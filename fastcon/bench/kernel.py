@@ -201,7 +201,7 @@ def _captured(work: Callable[[], object], device: torch.device) -> torch.cuda.CU
                 work()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads do meanwhile
             work()
         return graph
 
