@@ -106,9 +106,7 @@ class Classifier(nn.Module):
         """
         self.train(dropout)
         for module in self.modules():
-            if hasattr(
-                module, "attention_bias_cache"
-            ):  # timm's, which outside training mode keeps its first batch's graph
+            if hasattr(module, "attention_bias_cache"):  # timm's: outside training mode it keeps the first batch's graph
                 module.train()
                 for child in module.children():
                     child.train(dropout)
