@@ -106,8 +106,8 @@ class Classifier(nn.Module):
         """
         self.train(dropout)
         for module in self.modules():
-            if hasattr(module, "attention_bias_cache"):  # timm's: outside training mode it keeps the first batch's graph
-                module.train()
+            if hasattr(module, "attention_bias_cache"):
+                module.train()  # timm's: in evaluation mode it would keep the graph of its first batch
                 for child in module.children():
                     child.train(dropout)
         for module in self.modules():
