@@ -13,6 +13,7 @@ import torch
 from conftest import rng
 from PIL import Image
 
+from fastcon import machine as machine_module
 from fastcon.data import splits
 from fastcon.data.manifest import index
 from fastcon.errors import FastconError, Interrupted
@@ -316,3 +317,17 @@ def test_other_weights_under_the_same_path_are_another_run(taught, parts, tmp_pa
         out = tmp_path / ("run" if run is finetune.finetune else "teacher")
         with pytest.raises(FastconError, match="holds another run: init_weights was"):
             run(str(file), *parts, str(out), options, MACHINE)
+
+
+def test_accuracies_are_measured_in_the_precision_of_evaluate(parts, tmp_path, monkeypatch):
+    """Which is another than that of training where a CPU has bfloat16 and trains this network faster in float32."""
+    monkeypatch.setattr(machine_module, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(finetune, "settle", lambda machine, *_: replace(machine.settled(), precision="float32"))
+    seen = []
+    measure = finetune.accuracy
+    monkeypatch.setattr(finetune, "accuracy", lambda *given: seen.append(given[3].precision) or measure(*given))
+    options = replace(OPTIONS, epochs=1, lr_grid=(0.01, 0.02))
+    result = teach(INIT, *parts, str(tmp_path / "run"), options, Machine("cpu"))
+    assert seen == ["bfloat16"] * 3  # two learning rates, and the test images
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "float32"
+    assert measure(load(tmp_path / "run"), "task", parts[1], Machine("cpu")) == result["accuracy"]

@@ -137,9 +137,18 @@ class _Tuning:
     """A run of `teach` or `finetune`: what it starts from, how it trains, and how far it has come."""
 
     def __init__(
-        self, start: Classifier, test: Subset, run: Run, options: TuneOptions, machine: Machine, say: Say
+        self,
+        start: Classifier,
+        test: Subset,
+        run: Run,
+        options: TuneOptions,
+        machine: Machine,
+        judge: Machine,
+        say: Say,
     ) -> None:
-        self.start, self.test, self.run, self.options, self.machine, self.say = start, test, run, options, machine, say
+        """machine: trains; judge: measures accuracies, in the precision in which `evaluate` and the probes do."""
+        self.start, self.test, self.run, self.options, self.say = start, test, run, options, say
+        self.machine, self.judge = machine, judge
         self.count: Callable[[int], None] = lambda steps: None
 
     @classmethod
@@ -158,7 +167,7 @@ class _Tuning:
         """Open the run that these options and images make. Raises FastconError where `out` holds another."""
         start = load(init, size=options.size, untrained=command == "teach")
         start.set_size(options.size or start.size)
-        machine = settle(machine, start, options.batch_size, out)
+        judge, machine = machine.settled(), settle(machine, start, options.batch_size, out)
         options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
         identity = {
             "init_weights": start.digest(),
@@ -173,7 +182,8 @@ class _Tuning:
         if isinstance(options, FinetuneOptions):
             given["trials"] = options.draws
         run = Run(out, {"command": command, "init": init, **identity, **given}, machine.threads)
-        return cls(start, test, run, options, dataclasses.replace(machine, threads=run.threads), say)
+        machine, judge = (dataclasses.replace(each, threads=run.threads) for each in (machine, judge))
+        return cls(start, test, run, options, machine, judge, say)
 
     def begin(self, init: str) -> None:
         """Write the run's configuration, and say what it starts from."""
@@ -211,7 +221,7 @@ class _Tuning:
         best = max(tried, key=lambda rate: (tried[rate], -rate)) if tried else rates[0]
         model = self._fit(train, best, f"{prefix}final")
         result = {
-            "accuracy": accuracy(model, head, self.test, self.machine),
+            "accuracy": accuracy(model, head, self.test, self.judge),
             "lr": best,
             "tried": {f"{rate:g}": value for rate, value in tried.items()},
         }
@@ -232,7 +242,7 @@ class _Tuning:
             except Diverged as error:
                 self.say(f"learning rate {rate:g} is out: {error}")
                 continue
-            tried[rate] = accuracy(model, self.options.head, aside, self.machine)
+            tried[rate] = accuracy(model, self.options.head, aside, self.judge)
             self.say(f"learning rate {rate:g}: {tried[rate]:.1%} of the held-out tenth")
         if not tried:
             raise FastconError(
