@@ -25,13 +25,14 @@ def precompute(
     *,
     generalist: Mapping[str, str] | None = None,
     teachers: Mapping[str, str] | None = None,
+    say: Say = lambda line: None,
     progress: Progress | None = None,
     **options: Any,
 ) -> int:
     """Run every teacher once over augmented views of images and store its logits; rows computed (0: all were there).
 
     images: IMAGES, or their manifest. generalist: {name: MODEL}; teachers: {name: MODEL, …}. options: those of
-    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size) and `Machine` (device, precision,
+    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size, compile) and `Machine` (device, precision,
     loader, threads). Running it again resumes; more views or teachers compute just those. Raises FastconError.
     """
     if len(generalist or {}) > 1:
@@ -52,6 +53,8 @@ def precompute(
         chosen.batch_size,
         chosen.logits,
         progress,
+        chosen.compile,
+        say,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -49,6 +50,18 @@ def cache_folder(kind: str) -> Path:
     if base is None:
         base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastcon")
     return Path(base) / kind
+
+
+def remembered(kind: str, case: list[Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `measure` found of a case before, read from the cache, else measured now and kept there where that is possible."""
+    path = cache_folder(kind) / f"{hashlib.sha256(json.dumps(case).encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {name: float(value) for name, value in json.loads(path.read_text())["measured"].items()}
+    measured = measure()
+    with contextlib.suppress(OSError, FastconError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"case": case, "measured": measured})
+    return measured
 
 
 def derived(path: Path, make: Callable[[Path], None]) -> Path:

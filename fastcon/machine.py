@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 LOADERS = ("dali", "torchvision")
+WORTH = 1.1
+"""Times as fast, at least, that something must be to be preferred to what is finer, plainer or already chosen."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # it takes no more
 

@@ -5,12 +5,9 @@ Checkpoints hold tensors and plain values only, and the newest readable one coun
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
 import io
-import json
 import math
 import re
 import time
@@ -22,17 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcon.cores import Cores, cpu_name
-from fastcon.errors import FastconError
-from fastcon.files import cache_folder, write_atomically, write_json
-from fastcon.machine import Machine, cpu_has_bfloat16, precision_context
+from fastcon.files import remembered, write_atomically
+from fastcon.machine import WORTH, Machine, cpu_has_bfloat16, precision_context
 from fastcon.models.classifier import Classifier
 from fastcon.run import recorded
 
 KEEP = 2
 FORMAT = 2
 """Of checkpoints; those of another format are passed over."""
-WORTH = 1.1
-"""Times as fast, at least, that something must be to be preferred to what is finer or already chosen."""
 ROUNDS = 3
 TRIED = 32
 """Images of a batch that are tried, at most: ratios of larger ones hardly differ, and take long."""
@@ -61,21 +55,16 @@ def settle(machine: Machine, network: Classifier, batch_size: int, out: str | No
 def _faster(network: Classifier, batch_size: int, machine: Machine) -> str:
     """The precision in which a CPU trains `network`: measured once, then read from the cache."""
     batch_size = min(batch_size, TRIED)
-    case = (network.architecture, network.size, batch_size, machine.cores, cpu_name(), torch.__version__)
-    name = hashlib.sha256(repr(case).encode()).hexdigest()[:16]
+    case = [network.architecture, network.size, batch_size, machine.cores, cpu_name(), torch.__version__]
 
-    kept = cache_folder("precision") / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(kept.read_text())["precision"]
-    pixels = torch.zeros(batch_size, 3, network.size, network.size, dtype=torch.uint8)
-    cases = {precision: (pixels, precision) for precision in ("float32", "bfloat16")}
-    with torch.random.fork_rng(devices=[]), machine.computing() as cores:
-        seconds = step_seconds(copy.deepcopy(network).on(machine.target).train(), cases, cores)
-    precision = "bfloat16" if seconds["float32"] >= WORTH * seconds["bfloat16"] else "float32"
-    with contextlib.suppress(OSError, FastconError):  # nowhere to keep it: measured again next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, {"precision": precision, "case": case, "seconds": seconds})
-    return precision
+    def measure() -> dict[str, float]:
+        pixels = torch.zeros(batch_size, 3, network.size, network.size, dtype=torch.uint8)
+        cases = {precision: (pixels, precision) for precision in ("float32", "bfloat16")}
+        with torch.random.fork_rng(devices=[]), machine.computing() as cores:
+            return step_seconds(copy.deepcopy(network).on(machine.target).train(), cases, cores)
+
+    seconds = remembered("precision", case, measure)
+    return "bfloat16" if seconds["float32"] >= WORTH * seconds["bfloat16"] else "float32"
 
 
 def step_seconds(network: Classifier, cases: dict[str, tuple[Tensor, str]], cores: Cores) -> dict[str, float]:

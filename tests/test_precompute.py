@@ -19,6 +19,7 @@ from fastcon.distill.precompute import Teacher
 from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
 from fastcon.models.classifier import Head
+from fastcon.models.frozen import Frozen
 from fastcon.models.load import load
 from fastcon.store import arrays, pixels, writer
 from fastcon.store.format import COPY
@@ -42,14 +43,14 @@ def test_stored_logits_are_the_teachers_own(store_path, proxy, teachers):
 
 def test_the_student_sees_the_pixels_the_teacher_saw(tmp_path, proxy, teachers, monkeypatch):
     seen = []
-    real = precompute.run_teacher
+    real = Frozen.__call__
 
-    def spy(model, pixels, machine, logits):
+    def spy(self, pixels):
         seen.append(pixels.clone())
-        return real(model, pixels, machine, logits)
+        return real(self, pixels)
 
-    monkeypatch.setattr(precompute, "run_teacher", spy)
-    precompute.precompute(str(tmp_path / "s"), proxy, teachers[:1], RECIPE, 2, MACHINE, BATCH)
+    monkeypatch.setattr(Frozen, "__call__", spy)
+    precompute.precompute(str(tmp_path / "s"), proxy, teachers[:1], RECIPE, 2, MACHINE, BATCH, compile="none")
     by_teacher = torch.cat(seen).view(2, 150, 3, 32, 32)
     view = [Store(tmp_path / "s").view(v) for v in range(2)]
     loader = Loader(str(tmp_path / "s"), proxy, 25, epochs=2)
@@ -88,19 +89,20 @@ def test_resuming_gives_the_same_bytes(tmp_path, proxy, teachers, store_path, mo
 def test_more_views_and_another_teacher_compute_just_those(tmp_path, proxy, teachers, store_path, monkeypatch):
     path = str(tmp_path / "s")
     ran: dict[str, int] = {}
-    real = precompute.run_teacher
+    real = Frozen.__call__
     names = {id(teacher.model): teacher.name for teacher in teachers}
 
-    def spy(model, pixels, machine, logits):
-        ran[names[id(model)]] = ran.get(names[id(model)], 0) + len(pixels)
-        return real(model, pixels, machine, logits)
+    def spy(self, pixels):
+        name = names[id(self._model)]
+        ran[name] = ran.get(name, 0) + len(pixels)
+        return real(self, pixels)
 
-    monkeypatch.setattr(precompute, "run_teacher", spy)
-    precompute.precompute(path, proxy, teachers[:1], RECIPE, 1, MACHINE, BATCH)
+    monkeypatch.setattr(Frozen, "__call__", spy)
+    precompute.precompute(path, proxy, teachers[:1], RECIPE, 1, MACHINE, BATCH, compile="none")
     assert ran == {"general": 150}
-    precompute.precompute(path, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    precompute.precompute(path, proxy, teachers, RECIPE, 1, MACHINE, BATCH, compile="none")
     assert ran == {"general": 150, "letters": 150}
-    precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    precompute.precompute(path, proxy, teachers, RECIPE, 2, MACHINE, BATCH, compile="none")
     assert ran == {"general": 300, "letters": 300}
     assert tree(Path(path)) == tree(store_path)
 

@@ -73,7 +73,17 @@ def precompute(
         return
     bar = Bar("precompute", "rows")
     done = stage.precompute(
-        store, manifest, loaded, options.recipe, views, machine, options.batch_size, options.logits, bar
+        store,
+        manifest,
+        loaded,
+        options.recipe,
+        views,
+        machine,
+        options.batch_size,
+        options.logits,
+        bar,
+        options.compile,
+        note,
     )
     bar.close()
     result = {

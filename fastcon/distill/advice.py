@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastcon.cores import Cores
+from fastcon.machine import WORTH
 from fastcon.models.classifier import Classifier
-from fastcon.training import WORTH, step_seconds
+from fastcon.training import step_seconds
 
 
 def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -> dict[str, float]:

@@ -40,6 +40,9 @@ class PrecomputeOptions(Options):
     bake: bool = option(False, "Keep every view as a JPEG in the store, to train without the photos.")
     bake_quality: int | None = option(None, "JPEG quality of baked views (default: 90).", low=1, high=100)
     batch_size: int = option(128, "Images per batch.", low=1)
+    compile: str = option(
+        "auto", "Run teachers compiled (default) or as they are; auto: what pays.", choices=("auto", "none", "default")
+    )
 
     def __post_init__(self) -> None:
         from fastcon.store.codec import codec

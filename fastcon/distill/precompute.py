@@ -12,20 +12,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastcon.data import decode, views
 from fastcon.data.decode import Request
 from fastcon.data.manifest import Manifest
 from fastcon.distill.options import PrecomputeOptions
+from fastcon.distill.pending import Pending, one_late
 from fastcon.errors import FastconError, Interrupted
 from fastcon.machine import Machine
+from fastcon.models import frozen
 from fastcon.models.classifier import Classifier
+from fastcon.models.frozen import Frozen
 from fastcon.models.load import load
 from fastcon.run import stop_signals
 from fastcon.store import bake
@@ -55,6 +57,7 @@ class Teacher:
 
 
 Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
 
 
 def precompute(
@@ -67,10 +70,13 @@ def precompute(
     batch_size: int = 128,
     logits: str = "float16",
     progress: Progress | None = None,
+    compile: str = "auto",
+    say: Say = lambda line: None,
 ) -> int:
     """Fill a store; returns the number of rows computed (0: all were there). progress gets (rows done, rows to do).
 
     logits: the codec's name. Every teacher is shown the first `view_count` views of each image of the manifest.
+    compile: "none", "default" (see `models.frozen`), or "auto", what the store has, else what pays for itself.
 
     Raises FastconError for a store, teacher or image set that does not go with what is recorded, Interrupted after a
     signal: finished chunks are then written.
@@ -90,7 +96,8 @@ def precompute(
             check_pixels(store, manifest, machine, exact=True)
         for teacher in teachers:
             weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist else None
-            store.add_teacher(teacher.name, _record(teacher, machine, batch_size, logits), weights)
+            how = _way(store, teacher, machine, batch_size, compile, len(manifest) * view_count, say)
+            store.add_teacher(teacher.name, _record(teacher, machine, batch_size, logits, how), weights)
         missing = {teacher.name: ~store.done(teacher.name)[:view_count] for teacher in teachers}
         work = [
             (view, chunk)
@@ -99,7 +106,7 @@ def precompute(
             if any(lacks[view, chunk] for lacks in missing.values())
         ]
         if work:
-            fill(store, manifest, teachers, missing, work, machine, batch_size, logits, progress, stop)
+            fill(store, manifest, teachers, missing, work, machine, batch_size, progress, stop)
         rows = sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
         if rows and not is_url(path):
             seconds = time.perf_counter() - started
@@ -119,7 +126,7 @@ def estimate(
     manifest: Manifest, teachers: list[Teacher], options: PrecomputeOptions, views: int, machine: Machine
 ) -> dict[str, Any]:
     """What a store would cost: images, rows, bytes, and seconds at the rate of a few batches measured here."""
-    rate, baked = measure(manifest, teachers, options.recipe, machine, options.batch_size, options.logits)
+    rate, baked = measure(manifest, teachers, options, machine)
     rows, stored = len(manifest) * views, codec(options.logits)
     row_bytes = round(baked + sum(stored.row_bytes(len(t.model.heads[0].classes)) for t in teachers))
     return {
@@ -148,13 +155,11 @@ class Measured(NamedTuple):
     """Bytes a row of baked views; 0 without."""
 
 
-def measure(
-    manifest: Manifest, teachers: list[Teacher], recipe: Recipe, machine: Machine, batch_size: int, logits: str
-) -> Measured:
-    """Time the first few batches, after one to warm up."""
-    machine = machine.settled()
-    for teacher in teachers:
-        teacher.model.on(machine.target)
+def measure(manifest: Manifest, teachers: list[Teacher], options: PrecomputeOptions, machine: Machine) -> Measured:
+    """Time the first few batches, after one to warm up; networks are compiled only where that is asked for."""
+    machine, recipe, batch_size = machine.settled(), options.recipe, options.batch_size
+    how = frozen.PLAIN if options.compile == "auto" else options.compile
+    runs = {teacher.name: Frozen(teacher.model, machine, batch_size, how) for teacher in teachers}
     indices = np.arange(5 * batch_size) % len(manifest)
     boxes = views.boxes(
         recipe.seed, manifest.ids[indices], 0, manifest.widths[indices], manifest.heights[indices], recipe.scale
@@ -166,7 +171,8 @@ def measure(
     sizes = [recipe.size, *(teacher.model.size for teacher in teachers)]
     for k, pixels in enumerate(decode.decode(manifest, requests, sizes, batch_size, machine)):
         for teacher in teachers:
-            run_teacher(teacher.model, pixels[teacher.model.size], machine, logits)
+            run = runs[teacher.name]
+            Pending(run(pixels[run.size]), options.logits).parts()
         if recipe.bake is not None:
             crops = pixels[recipe.size].permute(0, 2, 3, 1).cpu().numpy()
             baked += sum(len(bake.member(0, bake.encode(crop, recipe.bake))) for crop in crops)
@@ -176,7 +182,18 @@ def measure(
     return Measured(rate, baked / len(indices))
 
 
-def _record(teacher: Teacher, machine: Machine, batch_size: int, logits: str) -> TeacherRecord:
+def _way(
+    store: StoreWriter, teacher: Teacher, machine: Machine, batch_size: int, compile: str, rows: int, say: Say
+) -> str:
+    """How a teacher is run: as it is said, as its stored rows were made, or as it is faster for `rows`."""
+    if compile != "auto":
+        return compile
+    if teacher.name in store.teachers and store.done(teacher.name).any():
+        return store.teachers[teacher.name].compile or frozen.PLAIN
+    return frozen.choose(teacher.model, machine, batch_size, rows, say)
+
+
+def _record(teacher: Teacher, machine: Machine, batch_size: int, logits: str, how: str) -> TeacherRecord:
     model = teacher.model
     return TeacherRecord(
         role="generalist" if teacher.generalist else "teacher",
@@ -192,10 +209,13 @@ def _record(teacher: Teacher, machine: Machine, batch_size: int, logits: str) ->
         precision=machine.precision,
         batch_size=batch_size,
         device=machine.target.type,
+        compile=None if how == frozen.PLAIN else how,
     )
 
 
 Work = list[tuple[int, int]]
+Planned = tuple[int, int, slice]
+"""View, chunk, rows."""
 
 
 def fill(
@@ -206,7 +226,6 @@ def fill(
     work: Work,
     machine: Machine,
     batch_size: int,
-    logits: str,
     progress: Progress | None = None,
     stop: Sequence[int] = (),
 ) -> None:
@@ -214,8 +233,6 @@ def fill(
 
     Raises Interrupted when a signal's number has come into `stop`: what was finished is then written.
     """
-    for teacher in teachers:
-        teacher.model.on(machine.target)
     planned = [(view, chunk, rows) for view, chunk in work for rows in batches_of(store, chunk, batch_size)]
     total, done = sum(rows.stop - rows.start for *_, rows in planned), 0
     replay = Replay(store, manifest)
@@ -223,13 +240,28 @@ def fill(
     decoded = decode.decode(replay.images, requests, [teacher.model.size for teacher in teachers], batch_size, machine)
     pieces: dict[str, list[Parts]] = {}
     with _Writer(store) as writer, machine.computing() as cores:
-        for (view, chunk, rows), pixels in zip(planned, decoded, strict=True):
-            for teacher in teachers:
-                if missing[teacher.name][view, chunk]:
-                    with cores.turn():
-                        parts = run_teacher(teacher.model, pixels[teacher.model.size], machine, logits)
-                    _check_finite(parts, teacher, store, manifest, view, rows)
-                    pieces.setdefault(teacher.name, []).append(parts)
+        runs = {
+            teacher.name: Frozen(
+                teacher.model, machine, batch_size, store.teachers[teacher.name].compile or frozen.PLAIN
+            )
+            for teacher in teachers
+        }
+
+        def started() -> Iterator[tuple[Planned, dict[str, Pending]]]:
+            """Every batch, given to all teachers that lack it before anyone waits for the first of them."""
+            for here, pixels in zip(planned, decoded, strict=True):
+                with cores.turn():
+                    batch = {
+                        name: Pending(run(pixels[run.size]), store.teachers[name].logits)
+                        for name, run in runs.items()
+                        if missing[name][here[:2]]
+                    }
+                yield here, batch
+
+        for (view, chunk, rows), batch in one_late(started()):
+            for name, pending in batch.items():
+                _check_finite(pending, name, store, manifest, view, rows)
+                pieces.setdefault(name, []).append(pending.parts())
             if rows.stop == store.chunk_range(chunk)[1]:
                 writer.put([(name, view, chunk, _joined(batches)) for name, batches in pieces.items()])
                 pieces = {}
@@ -253,23 +285,14 @@ def batches_of(store: Store, chunk: int, batch_size: int) -> list[slice]:
     return [slice(at, min(at + batch_size, stop)) for at in range(start, stop, batch_size)]
 
 
-@torch.inference_mode()
-def run_teacher(model: Classifier, pixels: torch.Tensor, machine: Machine, logits: str) -> Parts:
-    """Raw logits of one batch, computed by heads in float32, in the parts that are stored."""
-    with machine.autocast():
-        raw = model(pixels)
-    return {part: rows.cpu().numpy() for part, rows in codec(logits).encode(raw).items()}
-
-
-def _check_finite(parts: Parts, teacher: Teacher, store: Store, manifest: Manifest, view: int, rows: slice) -> None:
-    for part in parts.values():
-        bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
-        if len(bad):
-            image = manifest.name(int(store.view(view).order[rows.start + bad[0]]))
-            raise FastconError(
-                f"teacher {teacher.name!r} gives NaN, infinite or {part.dtype}-overflowing logits for image "
-                f"{image!r} (view {view}): check its weights, or try `precision` float32 and `logits` float32"
-            )
+def _check_finite(pending: Pending, name: str, store: Store, manifest: Manifest, view: int, rows: slice) -> None:
+    bad = pending.bad_row()
+    if bad is not None:
+        image = manifest.name(int(store.view(view).order[rows.start + bad]))
+        raise FastconError(
+            f"teacher {name!r} gives NaN, infinite or {pending.dtype}-overflowing logits for image "
+            f"{image!r} (view {view}): check its weights, or try `precision` float32 and `logits` float32"
+        )
 
 
 class _Writer:

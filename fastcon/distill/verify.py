@@ -17,9 +17,11 @@ from fastcon.data import views
 from fastcon.data.decode import Request, decode, rgb
 from fastcon.data.manifest import Manifest, index
 from fastcon.distill import precompute
+from fastcon.distill.pending import Pending
 from fastcon.distill.precompute import Teacher
 from fastcon.errors import FastconError
 from fastcon.machine import Machine
+from fastcon.models.frozen import Frozen
 from fastcon.models.load import from_bytes, load
 from fastcon.store import bake
 from fastcon.store.codec import Parts
@@ -307,7 +309,6 @@ def _row(store: Store, name: str, view: int, row: int) -> NDArray:
 def _parts(
     store: Store, manifest: Manifest, teacher: Teacher, view_of: NDArray, row_of: NDArray, machine: Machine
 ) -> Parts:
-    teacher.model.on(machine.target)
     record, replay = store.teachers[teacher.name], Replay(store, manifest)
     batch_size = record.batch_size or BATCH
     requests = (
@@ -318,7 +319,8 @@ def _parts(
     )
     size = teacher.model.size
     decoded = decode(replay.images, requests, [size], batch_size, machine)
-    found = [precompute.run_teacher(teacher.model, pixels[size], machine, record.logits) for pixels in decoded]
+    run = Frozen(teacher.model, machine, batch_size)  # as it is, also where the rows come from it compiled
+    found = [Pending(run(pixels[size]), record.logits).parts() for pixels in decoded]
     return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
 
 
@@ -360,5 +362,4 @@ def _repair(store: Store, manifest: Manifest, name: str, places: list[bake.Place
             sorted(places),
             machine,
             record.batch_size or BATCH,
-            record.logits,
         )

@@ -121,6 +121,8 @@ class TeacherRecord:
     precision: str | None = None
     batch_size: int | None = None
     device: str | None = None
+    compile: str | None = None
+    """"default" where the network ran compiled; None: as it is."""
     weights_file_digest: str | None = None
     """Of the generalist: the stored safetensors file, and its length."""
     weights_bytes: int | None = None
@@ -140,7 +142,7 @@ class TeacherRecord:
         """What differs between two records of one teacher, where it was computed or kept aside."""
         mine, theirs = self.json(), other.json()
         apart = ("spec", "weights_file_digest", "weights_bytes")
-        return [key for key in mine if key not in apart and mine[key] != theirs.get(key)]
+        return [key for key in mine | theirs if key not in apart and mine.get(key) != theirs.get(key)]
 
 
 @dataclasses.dataclass(frozen=True)
