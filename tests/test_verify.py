@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from dataclasses import replace
@@ -9,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from conftest import ARCHITECTURE, BATCH, MACHINE, make_model, rewrite_record, tree
+from safetensors.torch import load_file
 
 from fastcon.data.manifest import index
 from fastcon.distill import verify as verification
-from fastcon.distill.options import TrainOptions
+from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.train import train
 from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
+from fastcon.machine import Machine
 from fastcon.models.load import load
 from fastcon.store import pixels
 from fastcon.store.format import COPY, digest
@@ -239,3 +243,39 @@ def test_a_store_of_an_earlier_version_is_as_good_as_new(tmp_path, generalist_fi
     assert {name: after[name] for name in before if "zarr.json" not in name and name != COPY} == {
         name: data for name, data in before.items() if "zarr.json" not in name and name != COPY
     }
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
+    """Three of nine steps on the store above, and what that version itself made of it in the end."""
+    for name in ("store", "run"):
+        with zipfile.ZipFile(Path(__file__).parent / "fixtures" / f"{name}-of-format-2.zip") as fixture:
+            fixture.extractall(tmp_path)
+    (tmp_path / "small.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), "
+        "nn.Flatten(), nn.Linear(8, 5))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = TrainOptions(method="traditional", epochs=3, batch_size=8, student="python:small:net?size=32", seed=5)
+    steps = []
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    train(
+        str(tmp_path / "store"),
+        str(tmp_path / "run"),
+        options,
+        Machine("cpu"),  # precision and threads: what the run has
+        Upkeep(log_every=1),
+        progress=lambda done, total: steps.append(done),
+    )
+    assert steps[0] == 4
+    assert (tmp_path / "run" / "config.json").read_bytes() == config
+    made, wanted = (load_file(tmp_path / folder / "student.safetensors") for folder in ("run", "whole"))
+    assert set(made) == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-3, atol=1e-6)
+    rows, before = (
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("run", "whole")
+    )
+    assert rows[:3] == before[:3]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in before], rel=1e-3)
