@@ -18,6 +18,8 @@ from fastcon.data.manifest import index
 from fastcon.distill import loss as objective
 from fastcon.distill.loader import Loader
 from fastcon.machine import Machine
+from fastcon.models import frozen
+from fastcon.models.frozen import Frozen
 from fastcon.store.format import Recipe
 from fastcon.store.reader import Store
 from fastcon.transfer.solvers import LinearSVM
@@ -151,11 +153,14 @@ def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
 
 def test_rows_of_the_train_benchmark(monkeypatch):
     monkeypatch.setattr(train, "compiled", lambda model, mode: model)  # that takes half a minute
+    monkeypatch.setattr(Frozen, "_compiled", lambda self: self._model)
+    monkeypatch.setattr(frozen, "choose", lambda *args, **options: "default")
     monkeypatch.setattr(train, "PAPERS_BATCH", 8)
     scale = train.Scale("torchvision:shufflenet_v2_x0_5", 32, 8, 256, (40, 36), 2, 1)
     rows = train.bench(lambda line: None, torch.device("cpu"), rounds=1, scale=scale)
-    check(rows, ["precompute", "train_step", "train_vs_online", "train_vs_online", "train_step, --compile default"])
-    for row in rows[2:4]:
+    names = ["precompute", "precompute_vs_best", "train_step", "train_vs_online", "train_vs_online"]
+    check(rows, [*names, "train_step, --compile default"])
+    for row in rows[3:5]:
         assert row["ratio"] == pytest.approx(row["speed_up"] / row["bound"])
         assert row["bound"] > 1
 

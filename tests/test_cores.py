@@ -20,7 +20,7 @@ import os, sys, time
 from fastcon.cores import Cores
 folder, log, seconds = sys.argv[1:]
 end = time.monotonic() + float(seconds)
-with Cores(folder=folder) as cores, open(log, "a", buffering=1) as file:
+with Cores(len(os.sched_getaffinity(0)), folder=folder) as cores, open(log, "a", buffering=1) as file:
     print("ready", flush=True)
     while time.monotonic() < end:
         with cores.turn():
