@@ -75,12 +75,16 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "lr_grid",
         "temperature",
         "balance",
+        "weight",
         "precision",
         "batch_norm",
         "threads",
         "seed",
     )
-    lines.append("  " + ", ".join(f"{key} {config[key]}" for key in shown if config.get(key) is not None))
+    values = {key: config[key] for key in shown if config.get(key) is not None}
+    if "weight" in values:
+        values["weight"] = " ".join(f"{name}={value:g}" for name, value in values["weight"])
+    lines.append("  " + ", ".join(f"{key} {value}" for key, value in values.items()))
     if rows and rows[0].get("step") == 0:
         [(name, head)] = rows[0]["heads"].items()
         lines.append(

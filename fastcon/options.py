@@ -31,6 +31,8 @@ class Rule:
     """Text of the command line → value; Python callers may pass such text, too. Raises ValueError."""
     text: str | None = None
     """The default as the command line shows it, where it is parsed from text."""
+    many: bool = False
+    """Whether it is given any number of times, each of which is parsed."""
     both: bool = False
     """Of a yes or no: whether the command line has a flag for either."""
 
@@ -53,11 +55,15 @@ class Options:
     def __post_init__(self) -> None:
         for name, (field, rule) in rules(type(self)).items():
             value = getattr(self, name)
-            if isinstance(value, str) and rule.parse is not None:
+            if isinstance(value, str) and rule.parse is not None and not rule.many:
                 value = _parsed(name, value, rule)
                 object.__setattr__(self, name, value)
-            if isinstance(value, list):
-                value = tuple(value)
+            if rule.many and isinstance(value, Mapping):
+                value = tuple(value.items())
+                object.__setattr__(self, name, value)
+            if isinstance(value, list | tuple):
+                parsed = [_parsed(name, part, rule) if rule.many and isinstance(part, str) else part for part in value]
+                value = tuple(parsed)
                 object.__setattr__(self, name, value)
             if value is not None or field.default is not None:
                 _check(name, value, rule)

@@ -153,6 +153,9 @@ def test_dry_runs_write_nothing(session, proxy_folder, tmp_path):
     assert not (tmp_path / "s").exists()
     result = fastcon("train", "--store", session / "store", "--out", tmp_path / "r", "--balance", "1:3", "--dry-run")
     assert "general (weight 0.5), shapes (weight 1.5)" in result.stdout
+    weights = ["--weight", "shapes=0.25", "--weight", "general=2", "--dry-run"]
+    result = fastcon("train", "--store", session / "store", "--out", tmp_path / "r", *weights)
+    assert "general (weight 2), shapes (weight 0.25)" in result.stdout
     assert not (tmp_path / "r").exists()
 
 

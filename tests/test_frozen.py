@@ -44,14 +44,17 @@ def _pixels(count: int) -> torch.Tensor:
 def two():
     """Two networks of one architecture, as they are and compiled, though PyTorch's own limit is one."""
     networks = [_network(1.0), _network(1.5)]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(recompile_limit=1):
         compiled = [Frozen(network, MACHINE, 8, "default") for network in networks]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 2
     return networks, compiled
 
 
 def test_compiled_networks_give_their_own_logits_for_any_number_of_rows(two):
     pixels = _pixels(8)
     plain = []
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for network, compiled in zip(*two, strict=True):
         with torch.inference_mode():
             plain.append(network(pixels))
@@ -59,11 +62,15 @@ def test_compiled_networks_give_their_own_logits_for_any_number_of_rows(two):
             logits = compiled(pixels[:count])
             assert (logits.dtype, logits.shape) == (torch.float32, (count, 3))
             torch.testing.assert_close(logits, plain[-1][:count], rtol=1e-4, atol=1e-5)
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    )  # nothing is compiled for another number of rows
     assert (plain[0] - plain[1]).abs().max() > 0.01  # so that one's logits could not pass for the other's
 
 
-def test_weights_are_frozen_into_what_was_compiled():
+def test_weights_are_frozen_into_what_was_compiled(monkeypatch):
     network = _network()
+    monkeypatch.setattr(frozen, "folded", lambda model: model)  # else a copy is compiled
     compiled = Frozen(network, MACHINE, 4, "default")
     before = compiled(_pixels(4)).clone()
     with torch.no_grad():

@@ -29,6 +29,14 @@ def test_weights(heads, balance, expected):
     assert objective.head_weights(heads, "g", balance) == pytest.approx(expected)
 
 
+def test_weights_of_single_heads():
+    assert objective.head_weights(["g", "a", "b"], "g", (1, 1), [("a", 0.2), ("g", 3)]) == [3, 0.2, 0.5]
+    with pytest.raises(FastconError, match="`weight` names 'z', and this student's heads are g, a"):
+        objective.head_weights(["g", "a"], "g", (1, 1), [("z", 1)])
+    with pytest.raises(FastconError, match="two weights"):
+        objective.head_weights(["g", "a"], "g", (1, 1), [("a", 1), ("a", 2)])
+
+
 def test_methods_choose_their_heads():
     teachers = ["g", "a", "b"]
     assert objective.choose_heads("consolidate", teachers, "g") == ["g", "a", "b"]

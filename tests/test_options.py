@@ -77,6 +77,11 @@ def test_options_are_taken_by_class_and_the_rest_refused():
 
 def test_text_is_parsed_for_python_callers_too():
     assert TrainOptions(balance="1:3", heads="a,b").balance == (1, 3)
+    for given in (["a=0.5", "b=2"], {"a": 0.5, "b": 2.0}, (("a", 0.5), ("b", 2.0))):
+        assert TrainOptions(weight=given).weight == (("a", 0.5), ("b", 2.0))
+    for wrong in ("a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=much"):
+        with pytest.raises(UsageError, match=r"`weight` .* is not NAME=λ with λ above 0"):
+            TrainOptions(weight=[wrong])
     assert TrainOptions(heads="a,b").heads == ("a", "b")
     assert TuneOptions(lr_grid="0.1,0.2").lr_grid == (0.1, 0.2)
     for text in ("0.1,x", "0", "-1", "inf"):

@@ -27,6 +27,7 @@ from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.train import train
 from fastcon.errors import FastconError, Interrupted
+from fastcon.info import describe
 from fastcon.models.classifier import Head
 from fastcon.models.load import from_bytes, load
 from fastcon.store.format import Recipe
@@ -201,6 +202,17 @@ def test_another_architecture_says_that_head_0_is_random(store_path, tmp_path):
     assert load(tmp_path / "run").size == 32
 
 
+def test_a_weight_of_its_own_for_a_head(store_path, tmp_path):
+    options = replace(QUICK, epochs=1, weight=(("letters", 0.25),))
+    row = train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP)
+    losses = {name: head["loss"] for name, head in row["heads"].items()}
+    assert row["loss"] == pytest.approx(losses["general"] + 0.25 * losses["letters"], rel=1e-5)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["weight"] == [["letters", 0.25]]
+    assert "weight letters=0.25, " in describe(str(tmp_path / "run"))[1]
+    with pytest.raises(FastconError, match="weight was"):
+        train(str(store_path), str(tmp_path / "run"), replace(options, weight=()), MACHINE, UPKEEP)
+
+
 def test_balance_weighs_the_heads(store_path, tmp_path):
     row = train(str(store_path), str(tmp_path / "run"), replace(QUICK, epochs=1, balance=(1.0, 3.0)), MACHINE, UPKEEP)
     heads = row["heads"]
@@ -291,7 +303,6 @@ def test_the_start_is_the_generalist_and_says_so(trained, capsys):
     assert start["images"] == 128  # of 150 in batches of 32
     assert start["heads"]["general"]["agreement"] == 1
     assert abs(start["heads"]["general"]["kl"]) < 1e-6
-    from fastcon.info import describe
 
     assert "the student agrees with general on 100.0% of 128 images" in describe(str(trained))[1]
 

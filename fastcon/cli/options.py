@@ -46,6 +46,8 @@ def _flag(name: str, hint: Any, rule: Rule, default: Any) -> Callable:
         return click.option(names, name, is_flag=True, default=default, help=rule.help, show_default=rule.both)
     if rule.choices:
         return click.option(flag, name, type=click.Choice(rule.choices), default=default, **settings)
+    if rule.many:
+        return click.option(flag, name, multiple=True, default=(), help=rule.help)
     if rule.parse is not None:
         default, settings["show_default"] = rule.text, rule.text is not None
         return click.option(flag, name, default=default, **settings)

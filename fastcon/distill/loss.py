@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastcon.errors import FastconError
+from fastcon.errors import FastconError, UsageError
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments, multihead_cross_entropy
 
 
@@ -39,12 +39,27 @@ def choose_heads(
     return first + (tasks if method != "soft-label" else [])
 
 
-def head_weights(heads: Sequence[str], generalist: str | None, balance: tuple[float, float] = (1, 1)) -> list[float]:
+def head_weights(
+    heads: Sequence[str],
+    generalist: str | None,
+    balance: tuple[float, float] = (1, 1),
+    given: Sequence[tuple[str, float]] = (),
+) -> list[float]:
     """lambda of each head. balance (old, new): lambda_0 = 2 old / (old + new), lambda_i = 2 new / ((old + new) N).
 
     N counts the task-specific heads in use. Without a generalist's head every task weighs 1/N, without a task the
-    generalist weighs 1.
+    generalist weighs 1. given: the lambda of some heads, whatever the balance; the others keep theirs. Raises UsageError.
     """
+    named = dict(given)
+    unknown = next((name for name in named if name not in heads), None)
+    if unknown is not None:
+        raise UsageError(f"`weight` names {unknown!r}, and this student's heads are {', '.join(heads)}")
+    if len(named) < len(given):
+        raise UsageError("`weight` gives a head two weights")
+    return [named.get(name, weight) for name, weight in zip(heads, _balanced(heads, generalist, balance), strict=True)]
+
+
+def _balanced(heads: Sequence[str], generalist: str | None, balance: tuple[float, float]) -> list[float]:
     tasks = sum(name != generalist for name in heads)
     old, new = balance
     if tasks in (0, len(heads)):

@@ -29,6 +29,18 @@ def parse_balance(text: str) -> tuple[float, float]:
     return old, new
 
 
+def parse_weight(text: str) -> tuple[str, float]:
+    """ "NAME=λ" → the head and its weight. Raises ValueError."""
+    name, _, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name or not 0 < weight < math.inf:
+        raise ValueError("is not NAME=λ with λ above 0, as birds=0.5")
+    return name, weight
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecomputeOptions(Options):
     """How views are made, and how logits are computed and stored."""
@@ -74,6 +86,12 @@ class TrainOptions(Options):
     views: int | None = option(None, "Use the first so many views of the store (default: all).", low=1)
     balance: tuple[float, float] = option(
         (1.0, 1.0), "OLD:NEW weight of the generalist against the teachers.", parse=parse_balance, text="1:1"
+    )
+    weight: tuple[tuple[str, float], ...] = option(
+        (),
+        "NAME=λ, the weight of one head, instead of what --balance gives it (repeatable).",
+        parse=parse_weight,
+        many=True,
     )
     temperature: float = option(2.0, "T of the softmax.", low=0, above=True)
     labels: bool = option(False, "Add a supervised head where the proxy has classes.")

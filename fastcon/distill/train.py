@@ -55,8 +55,9 @@ def train(
     machine = settle(machine or Machine(), start, options.batch_size, out)
     options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+    weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
     config = {"command": "train", "store": _identity(store, names)}
-    config |= {**dataclasses.asdict(options), "precision": machine.precision}
+    config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": machine.precision}
     run = Run(out, config, machine.threads)
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
@@ -71,7 +72,6 @@ def train(
     run.begin()
     device = machine.target
     student.on(device).learn(options.batch_norm, options.dropout)
-    weights = objective.head_weights(names, store.generalist, options.balance)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
     segments = objective.segments(widths, weights, options.temperature, kinds)
     optimizer = make_optimizer(student, options.lr_backbone, options.lr_heads, options.momentum, options.weight_decay)
@@ -202,7 +202,7 @@ def _loader(
 def estimate(store: Store, options: TrainOptions) -> dict[str, Any]:
     """What a run would do: steps, images left out of each epoch, bytes of logits read, and the weight of each head."""
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
-    weights = objective.head_weights(names, store.generalist, options.balance)
+    weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
     lanes, views = options.lanes or 1, options.views or store.views
     schedule = Schedule(store.rows, views, store.recipe.chunk_rows, options.batch_size, lanes, options.seed)
     steps = schedule.steps * options.epochs
