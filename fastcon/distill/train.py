@@ -56,7 +56,7 @@ def train(
     options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
     weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
-    config = {"command": "train", "store": _identity(store, names)}
+    config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
     config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": machine.precision}
     run = Run(out, config, machine.threads)
     if run.finished(RESULT):
