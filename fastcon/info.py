@@ -9,6 +9,7 @@ from typing import Any
 
 from fastcon.distill import advice
 from fastcon.errors import FastconError
+from fastcon.run import RUN_WEIGHTS
 
 WAITS = ("pixels", "logits", "turns", "host")
 
@@ -55,8 +56,6 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
-    from fastcon.models.load import RUN_WEIGHTS
-
     config = json.loads((path / "config.json").read_text())
     if not isinstance(config, dict) or "command" not in config:
         raise FastconError(f"{path} is no run of fastcon's: its config.json names no command")

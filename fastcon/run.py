@@ -19,6 +19,9 @@ from fastcon.errors import FastconError
 from fastcon.files import write_atomically, write_json
 
 CONFIG = "config.json"
+RUN_WEIGHTS = ("student.safetensors", "model.safetensors")
+"""What a finished run of `train`, and one of `teach` or `finetune`, leaves."""
+RUN_HEADS = "heads.safetensors"
 
 
 class Run:

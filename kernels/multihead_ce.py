@@ -21,8 +21,6 @@ from torch import Tensor
 
 SOFTMAX, SIGMOID = 0, 1
 KINDS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
-STEPS = 255
-"""The largest code of a quantised logit."""
 
 
 @dataclasses.dataclass(frozen=True)

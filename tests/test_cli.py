@@ -73,6 +73,21 @@ def test_help_imports_nothing_heavy():
     assert out.strip() == "[]"
 
 
+def test_a_look_at_a_store_or_a_run_needs_no_pytorch(session):
+    script = (
+        "import sys; from fastcon.cli.main import main\n"
+        "main(['info', sys.argv[1]], standalone_mode=False); print([m for m in ('torch', 'torchvision') if m in sys.modules])"
+    )
+    for path in (session / "store", session / "teacher"):
+        command = [sys.executable, "-c", script, str(path)]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.endswith("\n[]\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(session):
+    command = f"{sys.executable} -m fastcon info {session / 'store'} | true"
+    assert subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stderr == ""
+
+
 def test_every_command_is_listed_and_has_a_working_example():
     assert sorted(main.commands) == sorted(COMMANDS)
     for name, command in main.commands.items():

@@ -33,6 +33,8 @@ class _Group(click.Group):
         except FastconError as error:
             click.echo(f"fastcon: {flags(str(error))}", err=True)
             ctx.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
+        except BrokenPipeError:  # whoever read the output has seen enough: click ends without a word
+            raise
         except OSError as error:
             click.echo(
                 f"fastcon: {error.filename or 'the system'}: {error.strerror or error}: free space or mend the "

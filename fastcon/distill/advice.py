@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fastcon.cores import Cores
 from fastcon.machine import WORTH
-from fastcon.models.classifier import Classifier
-from fastcon.training import step_seconds
+
+if TYPE_CHECKING:  # what was measured is said without PyTorch, which takes seconds to import
+    from torch import Tensor
+
+    from fastcon.cores import Cores
+    from fastcon.models.classifier import Classifier
 
 
 def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -> dict[str, float]:
@@ -16,6 +18,10 @@ def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -
 
     pixels: a batch, uint8 [B, 3, size, size]. Changes gradients and, where they are trained, running statistics.
     """
+    import torch
+
+    from fastcon.training import step_seconds
+
     others = ["float32", "bfloat16", *(["float16"] if pixels.is_cuda else [])]
     cases = {"": (pixels, precision)}
     cases |= {f"`precision` {other}": (pixels, other) for other in others if other != precision}

@@ -27,8 +27,7 @@ from fastcon.files import write_atomically
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
 from fastcon.machine import Machine
 from fastcon.models.classifier import choose_batch_norm
-from fastcon.models.load import RUN_HEADS, RUN_WEIGHTS
-from fastcon.run import Metrics, Run, Waits, stop_signals
+from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
 from fastcon.store.reader import Store
 from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate, settle

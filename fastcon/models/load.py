@@ -29,9 +29,7 @@ from torch import Tensor, nn
 from fastcon.errors import FastconError, optional_import
 from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, NO_CLASSIFIER, Classifier, Head, head_path
 from fastcon.models.sizes import resize
-
-RUN_WEIGHTS = ("student.safetensors", "model.safetensors")
-RUN_HEADS = "heads.safetensors"
+from fastcon.run import RUN_HEADS, RUN_WEIGHTS
 
 
 def load(

@@ -10,15 +10,16 @@ import abc
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastcon.errors import FastconError, UsageError
-from fastcon.kernels.multihead_ce import STEPS
+from fastcon.kernels import STEPS
+
+if TYPE_CHECKING:  # whoever only looks at a store does without PyTorch, which takes seconds to import
+    from torch import Tensor
 
 Parts = dict[str, NDArray[Any]]
 """Name of an array of the store → its rows [B, width]."""
@@ -70,6 +71,8 @@ class Float(Codec):
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Round to the stored type."""
+        import torch
+
         return {"logits": logits.to(getattr(torch, self.name))}
 
     def decode(self, parts: Parts, classes: int) -> NDArray[Any]:
@@ -92,6 +95,8 @@ class Quantised(Codec):
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """The nearest steps."""
+        import torch
+
         offset = logits.amax(1, keepdim=True)
         scale = (offset - logits.amin(1, keepdim=True)) / STEPS**2
         steps = (offset - logits) / torch.where(scale > 0, scale, 1.0)
@@ -126,6 +131,8 @@ class TopK(Codec):
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """The largest k, in falling order."""
+        import torch
+
         classes = logits.shape[1]
         k = min(self.k, classes)
         top, where = logits.topk(k, dim=1)

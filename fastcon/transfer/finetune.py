@@ -26,9 +26,9 @@ from fastcon.errors import FastconError, Interrupted
 from fastcon.files import write_atomically, write_json
 from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier, Head, choose_batch_norm
-from fastcon.models.load import RUN_WEIGHTS, load
+from fastcon.models.load import load
 from fastcon.models.origin import is_random
-from fastcon.run import Metrics, Run, stop_signals
+from fastcon.run import RUN_WEIGHTS, Metrics, Run, stop_signals
 from fastcon.training import Loop, make_optimizer, set_rate, settle
 from fastcon.transfer import features
 from fastcon.transfer.few_shot import interval
