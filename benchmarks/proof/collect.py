@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+OVERLAYS = {"resnet18": (), "lite0": ("lite0",), "lite0-balance": ("lite0", "balance")}
+"""Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")
 
 
@@ -33,8 +35,8 @@ def collect(out: Path, name: str, commit: str) -> dict[str, Any]:
                     "accuracies": [round(100 * value, 3) for value in row["accuracies"]],
                 }
             )
-    overlay = " --overlay benchmarks/proof/lite0.toml" * (name == "lite0")
-    command = f"fastcon study benchmarks/proof/headline.toml{overlay} --out {name}"
+    overlays = "".join(f" --overlay benchmarks/proof/{overlay}.toml" for overlay in OVERLAYS[name])
+    command = f"fastcon study benchmarks/proof/headline.toml{overlays} --out {name}"
     made = record(rows) | {"command": command, "commit": commit}
     seconds = [json.loads(file.read_text()).get("seconds", 0) for file in out.glob("jobs/*.json")]
     return {key: made[key] for key in ("command", "commit", "hardware", "versions")} | {
