@@ -70,7 +70,7 @@ def train(
     """Train a student on stored logits; the last row of its metrics: step, loss, and of each head loss, KL, agreement.
 
     images: where the images are now (default: where they were). options: those of `TrainOptions` (student, method, heads,
-    views, balance, weight, temperature, epochs, batch_size, lr_backbone, …: the paper's Eq. 1 and section 4.1), `Upkeep`
+    views, balance, weight, temperature, epochs, batch_size, lr_backbone, …: the paper's Eq. 1 and section 3), `Upkeep`
     (log_every, checkpoint_minutes, …) and `Machine`. Running it again resumes. Raises FastconError.
     """
     chosen, upkeep, machine = take(TrainOptions, options), take(Upkeep, options), take(Machine, options)

@@ -82,7 +82,7 @@ def labelled(
 
 
 def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
-    """The classes of the t-split or d-split: disjoint random halves by seed, keyed by name (paper, section 4.1).
+    """The classes of the t-split or d-split: disjoint random halves by seed, keyed by name (paper, section 3).
 
     t2/5: the second of five parts of the t-split (each 10 % of all classes, as in the paper's Fig. 3a).
     """

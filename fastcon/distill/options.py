@@ -78,7 +78,7 @@ class PrecomputeOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(Options):
-    """Hyperparameters of a student; the defaults are the paper's (section 4.1)."""
+    """Hyperparameters of a student; the defaults are the paper's (section 3)."""
 
     student: str | None = option(None, "MODEL to start from (default: the store's generalist).")
     method: str = option("consolidate", "All heads; the teachers' alone; the generalist's alone.", choices=METHODS)

@@ -16,7 +16,7 @@ SOLVERS = ("auto", "batched", "sklearn", "cuml")
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions(Options):
-    """The protocol; the defaults are the paper's (section 4.2)."""
+    """The protocol; the defaults are the paper's (section 3)."""
 
     shots: int | None = option(
         None,
