@@ -26,7 +26,7 @@ from fastcon.study import plan
 COUNTS = {
     "table2": {"teach": 2, "precompute": 1, "train": 4, "evaluate": 6, "probe": 3, "report": 1},
     "table4": {"teach": 10, "precompute": 1, "train": 21, "probe": 10, "report": 1},
-    "fig3a": {"teach": 20, "precompute": 1, "train": 12, "probe": 5, "report": 1},
+    "fig3a": {"teach": 20, "precompute": 1, "train": 12, "probe": 10, "report": 1},
     "fig3b": {"teach": 3, "precompute": 2, "train": 4, "probe": 10, "report": 1},
     "fig5a": {"teach": 1, "precompute": 1, "train": 3, "probe": 5, "report": 1},
     "fig5b": {"teach": 1, "precompute": 2, "train": 4, "probe": 5, "report": 1},
