@@ -382,7 +382,14 @@ def test_the_cost_of_training_by_hand(tmp_path):
         )
         + '[[teachers]]\ndata = "shapes"\n[[students]]\nteachers = ["shapes"]\nmethod = "consolidate"\nproxy = "proxy"\n'
     )
-    facts, _ = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None)
+    facts, text = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None)
+    seconds = {job["name"]: job["seconds"] for job in facts["jobs"]}
+    assert sum(seconds.values()) == pytest.approx(facts["seconds"])
+    assert seconds["report"] == 0 < seconds["probe-shapes"]
+    longest = max(seconds, key=seconds.get)
+    assert f"{seconds[longest] / facts['seconds']:4.0%}" in next(
+        line for line in text.splitlines() if line.endswith(f"  {longest}")
+    )
     assert facts["images_forward"] == 96 + 2 * 3 * 100
     assert facts["images_trained"] == 24 * 10 * (1 + 2 * 0.9) + 7 * 100
 

@@ -21,6 +21,8 @@ from fastcon.study.plan import Job, Study
 from fastcon.training import settle
 
 BATCH = 32
+LONGEST = 5
+"""Commands whose share of the time is said."""
 
 
 def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -35,7 +37,8 @@ def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> 
     counts = collections.Counter(job.command[0] for job in study.jobs)
     forward = sum(_images(job.forward, sizes) for job in study.jobs)
     trained = sum(_images(job.trained, sizes) for job in study.jobs)
-    seconds = sum(_seconds(job, sizes, rates) for job in study.jobs)
+    each = {job.name: _seconds(job, sizes, rates) for job in study.jobs}
+    seconds = sum(each.values())
     unknown = sorted(name for name, size in sizes.items() if size is None)
     facts = {
         "study": study.name,
@@ -45,7 +48,10 @@ def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> 
         "seconds": seconds,
         "device": str(device),
         "unknown": unknown,
-        "jobs": [{"name": job.name, "command": list(job.command), "needs": list(job.needs)} for job in study.jobs],
+        "jobs": [
+            {"name": job.name, "command": list(job.command), "needs": list(job.needs), "seconds": each[job.name]}
+            for job in study.jobs
+        ],
     }
     lines = [f"{study.name}: {study.title}", ""]
     lines += [f"{job.name}" + (f"  <-  {_few(job.needs)}" if job.needs else "") for job in study.jobs]
@@ -55,6 +61,8 @@ def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> 
     for spec, (ahead, step) in rates.items():
         lines.append(f"{spec}: {ahead:,.0f} images/s forward, {step:,.0f} images/s trained on, on {device}")
     lines.append(f"about {_duration(seconds)} on this machine, decoding and start-up not counted")
+    longest = sorted(each, key=lambda name: -each[name])[:LONGEST] if seconds else []
+    lines += [f"  {each[name] / seconds:4.0%}  {_duration(each[name])}  {name}" for name in longest]
     return facts, "\n".join(lines)
 
 
