@@ -12,6 +12,7 @@ import torch
 from conftest import BATCH, MACHINE, RECIPE, make_model, tree
 
 from fastcon.data import decode as decoding
+from fastcon.data import views
 from fastcon.data.decode import Request
 from fastcon.distill import precompute
 from fastcon.distill.loader import Loader
@@ -22,7 +23,7 @@ from fastcon.models.classifier import Head
 from fastcon.models.frozen import Frozen
 from fastcon.models.load import load
 from fastcon.store import arrays, pixels, writer
-from fastcon.store.format import COPY
+from fastcon.store.format import COPY, Recipe
 from fastcon.store.reader import Store, bytes_on_disk
 from fastcon.store.writer import StoreWriter, forget
 
@@ -272,3 +273,26 @@ def test_a_model_of_several_heads_must_say_which(teachers):
     model.replace_heads([*model.heads, Head("new", ("x", "y"))], keep={"head": 0}, seed=0)
     with pytest.raises(FastconError, match=r"runs/s has several heads \(head, new\): choose one, as runs/s\?head=head"):
         Teacher("a", "runs/s", model)
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "warned"),
+    [(32, (0.08, 1.0), False), (96, (0.08, 1.0), True), (160, (0.35, 1.0), True), (96, (0.9, 1.0), False)],
+)
+def test_crops_that_hold_little_detail_are_warned_of(proxy, size, scale, warned):
+    said = precompute.enlarged(proxy, Recipe(size=size, scale=scale))
+    assert (said is not None) == warned
+    if said:
+        boxes = views.boxes(0, proxy.ids, 0, proxy.widths, proxy.heights, scale)
+        share = np.mean([min(height, width) < size / 2 for _, _, height, width in boxes])
+        assert said.startswith(f"{share:.0%} of the crops are enlarged more than 2 times to {size} px")
+        assert ("`scale` 0.35 1" in said) == (scale[0] < 0.35)
+
+
+def test_the_warning_of_small_photos_is_said_once_there_is_work(tmp_path, proxy, teachers):
+    said: list[str] = []
+    for _ in range(2):
+        precompute.precompute(
+            str(tmp_path / "s"), proxy, teachers[:1], Recipe(size=96), 1, MACHINE, BATCH, say=said.append
+        )
+    assert [line.split(":")[0] for line in said] == ["warning"]

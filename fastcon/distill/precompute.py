@@ -56,6 +56,10 @@ class Teacher:
             )
 
 
+ENLARGED, BLURRED = 2, 1 / 3
+"""How many times a crop may be enlarged, and how many crops may be enlarged more than that, before it is said."""
+LARGER_CROPS = 0.35, 1.0
+"""Shares of the area that were better on photos of 72 px at 64 and 96 px: see benchmarks/proof."""
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
@@ -105,6 +109,9 @@ def precompute(
             for chunk in range(store.chunks)
             if any(lacks[view, chunk] for lacks in missing.values())
         ]
+        warning = enlarged(manifest, recipe)
+        if warning and work:
+            say(f"warning: {warning}")
         if work:
             fill(store, manifest, teachers, missing, work, machine, batch_size, progress, stop)
         rows = sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
@@ -113,6 +120,22 @@ def precompute(
             with open(os.path.join(path, "precompute.log"), "a") as log:
                 log.write(f"{', '.join(missing)}: {rows} rows in {seconds:.1f} s ({rows / seconds:.0f} rows/s)\n")
         return rows
+
+
+def enlarged(manifest: Manifest, recipe: Recipe) -> str | None:
+    """Warning if many crops have far fewer pixels than the view that is made of them."""
+    some = slice(0, 4096)
+    ids, widths, heights = manifest.ids[some], manifest.widths[some], manifest.heights[some]
+    boxes = views.boxes(recipe.seed, ids, 0, widths, heights, recipe.scale, recipe.ratio)
+    share = float((boxes[:, 2:].min(1) < recipe.size / ENLARGED).mean())
+    if share <= BLURRED:
+        return None
+    low, high = LARGER_CROPS
+    crops = f", or larger crops, as `scale` {low:g} {high:g}" if recipe.scale[0] < low else ""
+    return (
+        f"{share:.0%} of the crops are enlarged more than {ENLARGED} times to {recipe.size} px and hold little detail: give "
+        f"larger images or a smaller `size`{crops}"
+    )
 
 
 def load_teachers(generalist: tuple[str, str] | None, teachers: Sequence[tuple[str, str]], size: int) -> list[Teacher]:
