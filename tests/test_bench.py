@@ -154,12 +154,13 @@ def test_torchvisions_loader_gives_what_ours_gives(tmp_path):
 def test_rows_of_the_train_benchmark(monkeypatch):
     monkeypatch.setattr(train, "compiled", lambda model, mode: model)  # that takes half a minute
     monkeypatch.setattr(Frozen, "_compiled", lambda self: self._model)
+    monkeypatch.setattr(train, "TOGETHER", 1.0)
     monkeypatch.setattr(frozen, "choose", lambda *args, **options: "default")
     monkeypatch.setattr(train, "PAPERS_BATCH", 8)
     scale = train.Scale("torchvision:shufflenet_v2_x0_5", 32, 8, 256, (40, 36), 2, 1)
     rows = train.bench(lambda line: None, torch.device("cpu"), rounds=1, scale=scale)
     names = ["precompute", "precompute_vs_best", "train_step", "train_vs_online", "train_vs_online"]
-    check(rows, [*names, "train_step, --compile default"])
+    check(rows, [*names, "side_by_side", "train_step, --compile default"])
     for row in rows[3:5]:
         assert row["ratio"] == pytest.approx(row["speed_up"] / row["bound"])
         assert row["bound"] > 1

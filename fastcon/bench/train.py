@@ -6,7 +6,10 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +55,13 @@ CPU_TOO = Scale("timm:tf_efficientnet_lite0", 96, 32, 1024, (96, 72), 10, 1)
 """For precompute alone."""
 GPU = Scale("torchvision:resnet50", 224, 256, 4096, (500, 375), 40, 4)
 CLASSES = 200
+TOGETHER = 10.0
+"""Seconds that training processes are measured for."""
+NEIGHBOUR = """
+import json, sys
+from fastcon.bench.train import Scale, neighbour
+neighbour(sys.argv[1], Scale(**json.loads(sys.argv[2])), float(sys.argv[3]))
+"""
 PAPERS_BATCH = 32
 
 
@@ -81,6 +91,9 @@ def bench(
             rows += found[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
             for row in found[count > 2 :]:
                 say(_line(row))
+        if device.type == "cpu":
+            rows.append(_side_by_side(path, scale, rounds, case))
+            say(_line(rows[-1]))
         for row in _compiled(path, scale, device, rounds, case, say):
             rows.append(row)
             say(_line(row))
@@ -220,6 +233,47 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
     ]
     rows[1] |= {"speed_up": rows[1]["ratio"], "bound": bound, "ratio": rows[1]["ratio"] / bound}
     return rows
+
+
+def _side_by_side(path: Path, scale: Scale, rounds: int, case: str) -> Row:
+    """img/s of two training processes on the same cores, together, against one alone."""
+    command = [sys.executable, "-c", NEIGHBOUR, str(path), json.dumps(dataclasses.asdict(scale)), str(TOGETHER)]
+
+    def processes(count: int) -> float:
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
+        for process in running:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is ready
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sum(float(process.communicate()[0]) for process in running)
+
+    seen = [(processes(2), processes(1)) for _ in range(rounds)]
+    together, alone = map(list, zip(*seen, strict=True))
+    return compared("side_by_side", together, alone, "img/s", "cpu", case=f"{case}, batch {scale.batch}")
+
+
+def neighbour(path: str, scale: Scale, seconds: float) -> None:
+    """Print "ready", wait for a line, and print the img/s of training steps from then on, each in its turn."""
+    device = torch.device("cpu")
+    loader = Loader(path, batch_size=scale.batch, epochs=1_000_000, device=device)
+    step, started, images = _step(loader, scale, device, _precision(scale, device)), 0.0, 0
+    with Machine("cpu").computing() as cores:
+        for batch in loader:
+            with cores.turn():
+                step(batch.pixels, batch.stacked)
+            images += len(batch.indices)
+            if not started:
+                print("ready", flush=True)
+                sys.stdin.readline()
+                started, images = time.monotonic(), 0
+            elif time.monotonic() > started + seconds:
+                print(images / (time.monotonic() - started))
+                return
 
 
 def _step(
