@@ -87,7 +87,7 @@ class Run:
     def _check_same(self) -> None:
         stored = json.loads(self._file.read_text())
         for key, value in json.loads(json.dumps(self.config)).items():
-            if key not in ("threads", "versions") and stored.get(key) != value:
+            if key not in ("threads", "versions", "lineage") and stored.get(key) != value:
                 raise FastconError(
                     f"{self.path} holds another run: {key} was {stored.get(key)!r}, this call says {value!r}; "
                     "use the same options to resume it, or another `out`"

@@ -21,20 +21,22 @@ from fastcon import study
 from fastcon.cli.main import main
 from fastcon.data import rendered
 from fastcon.errors import FastconError
+from fastcon.report.results import read
 from fastcon.study import plan
 
 COUNTS = {
-    "table2": {"teach": 2, "precompute": 1, "train": 4, "evaluate": 6, "probe": 3, "report": 1},
-    "table4": {"teach": 10, "precompute": 1, "train": 21, "probe": 10, "report": 1},
-    "fig3a": {"teach": 20, "precompute": 1, "train": 12, "probe": 10, "report": 1},
-    "fig3b": {"teach": 3, "precompute": 2, "train": 4, "probe": 10, "report": 1},
-    "fig5a": {"teach": 1, "precompute": 1, "train": 3, "probe": 5, "report": 1},
-    "fig5b": {"teach": 1, "precompute": 2, "train": 4, "probe": 5, "report": 1},
+    "paper": {"teach": 30, "precompute": 3, "train": 42, "evaluate": 6, "probe": 73, "finetune": 172, "report": 1},
+    "table2": {"teach": 2, "precompute": 1, "train": 4, "evaluate": 6, "probe": 9, "report": 1},
+    "table4": {"teach": 10, "precompute": 1, "train": 21, "probe": 40, "report": 1},
+    "fig3a": {"teach": 20, "precompute": 1, "train": 12, "probe": 20, "report": 1},
+    "fig3b": {"teach": 3, "precompute": 2, "train": 4, "probe": 20, "report": 1},
+    "fig5a": {"teach": 1, "precompute": 1, "train": 3, "probe": 15, "report": 1},
+    "fig5b": {"teach": 1, "precompute": 2, "train": 4, "probe": 15, "report": 1},
     "table5": {"teach": 4, "precompute": 1, "train": 11, "finetune": 60, "report": 1},
     "table6": {"teach": 5, "precompute": 1, "train": 13, "finetune": 112, "report": 1},
 }
 """Of the paper: e.g. Table 6 is 7 tasks x (generalist, soft-label, 6 teachers x 2 methods, 2 teachers themselves)."""
-MODELS = {"fig3a": 2}
+MODELS = {"fig3a": 2, "paper": 2}
 """Models that a twin trains first, where the full study takes torchvision's weights."""
 
 
@@ -57,7 +59,8 @@ def test_the_right_commands_for_each_experiment(name):
         assert not any("DATA" in word for job in planned.jobs for word in job.command)
     commands = [" ".join(job.command) for job in full.jobs]
     assert len(set(commands)) == len(commands)
-    assert all("torchvision:resnet50@IMAGENET1K_V1" in c for c in commands if c.startswith(("precompute", "probe")))
+    assert all("torchvision:resnet50@IMAGENET1K_V1" in c for c in commands if c.startswith("precompute"))
+    assert all("--precision bfloat16" in c for c in commands if not c.startswith("report"))
 
 
 def test_every_study_is_counted():
@@ -84,12 +87,15 @@ def test_protocols_of_the_paper():
     five = found["train-consolidate-ifood-x5-resnet18"].command
     assert options(five, "--heads") == [",".join(f"ifood-{k}of5-resnet18" for k in range(1, 6))]
     assert len(options(found["precompute-imagenet"].command, "--teacher")) == 20
-    probe = found["probe-cars196"].command
+    probe = found["probe-cars196-tenths"].command
     assert options(probe, "--split") == ["d"]
-    assert [word for word in probe if word.startswith("runs/")] == [
+    assert {word for word in probe if word.startswith("runs/")} == {
         *(f"runs/{name.removeprefix('teach-')}" for name in found if name.startswith("teach-")),
         *(f"runs/{name.removeprefix('train-')}" for name in found if name.startswith("train-")),
-    ]
+    }
+    assert options(found["report-fig3a"].command, "--best")[1] == (
+        "cars196-best-resnet50=" + ",".join(f"cars196-{k}of5-resnet50" for k in range(1, 6))
+    )
     mixed = jobs("fig3b")
     assert [word.split("?")[0] for word in mixed["precompute-mixed"].command[1:5]] == [
         "data:places365", "data:inaturalist", "data:logo2k", "data:imagenet",
@@ -97,24 +103,24 @@ def test_protocols_of_the_paper():
     assert options(mixed["train-consolidate-x3-mixed"].command, "--epochs") == ["10"]
     assert options(mixed["train-consolidate-x3"].command, "--epochs") == ["40"]
     assert [options(j.command, "--balance") for n, j in jobs("fig5a").items() if n.startswith("train")] == [
-        ["1:3"], ["1:1"], ["3:1"],
+        [], ["1:3"], ["3:1"],
     ]  # fmt: skip
     labels = [n for n, j in jobs("fig5b").items() if "--labels" in j.command]
     assert labels == ["train-consolidate-cars196-places365-labels"]
     table5 = jobs("table5")
-    assert options(table5["finetune-ifashion-sleeve-resnet50"].command, "--shots") == ["1000"]
-    assert options(table5["finetune-food101-soft-label"].command, "--shots") == ["5"]
+    assert options(table5["finetune-ifashion-sleeve-1000-images-resnet50"].command, "--shots") == ["1000"]
+    assert options(table5["finetune-food101-5-shot-soft-label"].command, "--shots") == ["5"]
     assert options(table5["teach-ifashion-category"].command, "--split") == ["none"]
     table6 = jobs("table6")
-    assert "--shots" not in table6["finetune-flowers-resnet50"].command
-    assert "--trials" not in jobs("table6", "small")["finetune-flowers-resnet50"].command
-    assert options(table6["finetune-flowers-resnet50"].command, "--split") == ["none"]
-    assert options(table6["finetune-aircraft-resnet50"].command, "--split") == ["d"]
+    assert "--shots" not in table6["finetune-flowers-none-all-images-resnet50"].command
+    assert "--trials" not in jobs("table6", "small")["finetune-flowers-none-all-images-resnet50"].command
+    assert options(table6["finetune-flowers-none-all-images-resnet50"].command, "--split") == ["none"]
+    assert options(table6["finetune-aircraft-all-images-resnet50"].command, "--split") == ["d"]
     evaluated = jobs("table2")["evaluate-consolidate-ifood-ifood"].command
     assert options(evaluated, "--head") == ["ifood"]
     assert options(evaluated, "--split") == ["t"]
-    related = options(jobs("table4")["report"].command, "--related")
-    assert {"ifood=ifood", "ifood=food101", "inaturalist=cub", "ifashion-category=ifashion-sleeve"} <= set(related)
+    related = options(jobs("table4")["report-table4"].command, "--related")
+    assert {"ifood=food101", "inaturalist=cub", "ifashion-category=ifashion-sleeve"} <= set(related)
 
 
 TINY = """
@@ -355,7 +361,7 @@ def test_what_is_wrong_with_a_study_is_said(tiny, case):
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(FastconError, match="no study 'tabel4': a TOML file, or one of fig3a"):
+    with pytest.raises(FastconError, match="no study 'tabel4': a TOML file, or one of paper, table2, table4"):
         study.load("tabel4")
 
 
@@ -394,44 +400,63 @@ def test_the_cost_of_training_by_hand(tmp_path):
     assert facts["images_trained"] == 24 * 10 * (1 + 2 * 0.9) + 7 * 100
 
 
-def shared(tmp_path, name):
-    """A twin of a study, two commands at a time."""
+def twin(out, name):
+    """A twin of a study, two commands at a time; returns how many ran."""
     said: list[str] = []
     planned = study.load(name, ["small"])
-    facts = study.run(planned, str(tmp_path / "out"), ["--config", "threads=1"], said.append)
-    assert facts["ran"] == len(planned.jobs)
-    assert study.run(planned, str(tmp_path / "out"), [], said.append)["ran"] == 0
-    return tmp_path / "out"
+    facts = study.run(planned, str(out), ["--config", "threads=1"], said.append)
+    assert study.run(planned, str(out), [], said.append)["ran"] == 0
+    return facts["ran"]
 
 
-def test_the_twin_of_figure_5a(tmp_path):
-    out = shared(tmp_path, "fig5a")
-    probe = json.loads((out / "jobs" / "probe-ifashion-sleeve.json").read_text())
+def compared(out, name):
+    """What the report of a study says of its first reference."""
+    return json.loads((out / "jobs" / f"{name}.json").read_text())["compared"][0]
+
+
+def test_the_twins_of_figure_5(tmp_path):
+    """Of 5a, and into the same folder 5b, which finds a teacher, a store, a student and ten probes there."""
+    out = tmp_path / "out"
+    assert twin(out, "fig5a") == sum(COUNTS["fig5a"].values()) + 1
+    assert twin(out, "fig5b") == COUNTS["fig5b"]["train"] - 1 + COUNTS["fig5b"]["probe"] - 10 + 1 + 1
+    probe = json.loads((out / "jobs" / "probe-ifashion-sleeve-balance.json").read_text())
     assert (probe["multi_label"], probe["shots"], probe["classes"]) == (True, 1000, 4)
-    table = (out / "report" / "5-shot-linear-SVM.md").read_text()
-    header = table.splitlines()[0]
-    assert all(name in header for name in ("cars196", "resisc45", "ifood", "food101", "ifashion-sleeve"))
-    assert all(f"consolidate-cars196-{balance}" in table for balance in ("1to3", "1to1", "3to1"))
     weights = [
         json.loads((out / f"runs/consolidate-cars196-{b}/config.json").read_text())["balance"] for b in ("1to3", "3to1")
     ]
     assert weights == [[1, 3], [3, 1]]
-
-
-def test_the_twin_of_figure_5b(tmp_path):
-    out = shared(tmp_path, "fig5b")
     labels = out / "runs" / "consolidate-cars196-places365-labels" / "metrics.jsonl"
     assert "labels" in json.loads(labels.read_text().splitlines()[-1])["heads"]
     assert sorted(os.listdir(out / "stores")) == ["imagenet", "places365"]
+    name, balance = "Cars196 (t-split) repr. consolid.", compared(out, "report-fig5a")
+    ours = {cell["published"]: cell["ours"] for cell in balance["cells"]}
+    assert ours == {
+        "ImageNet-pretrained model": "resnet50",
+        name: "consolidate-cars196",
+        f"{name} (ImageNet proxy)": "consolidate-cars196",
+        f"{name} old:new = 1:1": "consolidate-cars196",
+        f"{name} old:new = 1:3": "consolidate-cars196-1to3",
+        f"{name} old:new = 3:1": "consolidate-cars196-3to1",
+    }
+    assert balance["compared"] == 30  # each on five tasks
+    proxies = {cell["published"]: cell["ours"] for cell in compared(out, "report-fig5b")["cells"]}
+    assert proxies[f"{name} (Places365 proxy w/ label)"] == "consolidate-cars196-places365-labels"
+    assert proxies["Cars196 (t-split) trad. distill (Places365 proxy)"] == "traditional-cars196-places365"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(COUNTS) - {"fig5a", "fig5b"}))
-def test_the_twins_of_all_studies(tmp_path, name):
-    out = shared(tmp_path, name)
+def test_the_twin_of_the_paper(tmp_path):
+    """All of it, beside every accuracy that the paper printed; then its parts, of which only the reports are left to make."""
+    out = tmp_path / "out"
+    assert twin(out, "paper") == sum(COUNTS["paper"].values()) + 2
     assert (out / "report" / "index.html").stat().st_size > 10_000
-    rows = plan.load(name, ["small"]).jobs
-    assert {job.name for job in rows} == {file.stem for file in (out / "jobs").glob("*.json")}
+    found = json.loads((out / "jobs" / "report.json").read_text())["compared"]
+    assert [(c["reference"], c["published"], c["compared"]) for c in found] == [
+        ("table2", 21, 21), ("table2", 6, 6), ("table4", 495, 495), ("table5", 60, 60), ("table6", 112, 112),
+    ]  # fmt: skip
+    for name in set(COUNTS) - {"paper"}:
+        assert twin(out, name) == 1
+        assert (out / f"report-{name}" / "index.html").stat().st_size > 10_000
 
 
 def places(value, here=()):
@@ -450,7 +475,7 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), name=st.sampled_from(["fig3a", "table5", "full"]), value=ANYTHING)
+@given(data=st.data(), name=st.sampled_from(["paper", "full"]), value=ANYTHING)
 def test_any_study_is_planned_or_refused_in_one_line(data, name, value):
     """One value of a good study replaced by anything, or left out."""
     found = tomllib.loads(FULL) if name == "full" else tomllib.loads((plan.PAPER / f"{name}.toml").read_text())
@@ -504,6 +529,103 @@ def test_a_teacher_that_joins_leaves_the_store_and_the_students_of_others_as_the
     assert not (out / "runs/consolidate-shapes.old").exists()
     assert (out / "runs/consolidate-shapes/student.safetensors").read_bytes() == student
     assert (out / "runs/consolidate-more/student.safetensors").exists()
+
+
+PARTS = (
+    FULL.replace(
+        "[options]", '[data.more]\ntrain = "rendered:shapes?classes=20-27&images=12"\nholdout = 0.5\n[options]'
+    )
+    .replace('data = "shapes"', 'data = ["shapes", "more"]')
+    .replace('teachers = ["shapes"]', 'teachers = [["shapes"], ["more"]]')
+    .replace("[[evaluations]]", '[parts.one]\ntitle = "first"\n[parts.two]\n[[evaluations]]\nparts = "one"')
+    .replace('of = "students"', 'of = "*-shapes"')
+    + """
+[[evaluations]]
+parts = ["two"]
+command = "finetune"
+on = "more:d"
+of = "consolidate-more"
+"""
+)
+
+
+def test_parts_of_a_study_share_a_folder(tmp_path):
+    file, out = tmp_path / "parts.toml", tmp_path / "out"
+    file.write_text(PARTS)
+
+    def ran(*only):
+        return study.run(study.load(str(file), only=only), str(out), (), print)["ran"]
+
+    assert study.load(str(file), only=["one"]).title == "first"
+    assert ran("one") == 5  # teach, precompute, train, finetune, report-one
+    student = (out / "runs/consolidate-shapes/student.safetensors").stat()
+    assert ran("two") == 5
+    assert json.loads((out / "jobs/precompute-proxy.json").read_text())["rows_computed"] == 64  # of the new teacher
+    assert ran("one") == 0  # the store has its teachers, and another one
+    assert ran("two") == 0
+    assert ran() == ran("one", "two") == 1  # their common reports
+    assert (out / "runs/consolidate-shapes/student.safetensors").stat() == student
+    assert not list(out.glob("*/*.old"))
+
+
+def test_parts_that_are_not_there(tmp_path):
+    found = tomllib.loads(PARTS)
+    with pytest.raises(FastconError, match=r"^x has no part 'three': there are one, two$"):
+        plan.planned("x", found, only=["three"])
+    found["evaluations"][0]["parts"] = ["four"]
+    with pytest.raises(FastconError, match=r"^x has no part 'four': there are one, two$"):
+        plan.planned("x", found)
+    with pytest.raises(FastconError, match=r"^y has no part 'one': there are none$"):
+        plan.planned("y", tomllib.loads(FULL), only=["one"])
+    found = tomllib.loads(PARTS.replace('"*-shapes"', '"*-shape"'))
+    with pytest.raises(FastconError, match=r"is of '\*-shape': there are generalist, teachers, students, shapes"):
+        plan.planned("x", found)
+
+
+def test_every_number_of_the_paper_is_made_once():
+    """Each accuracy that the paper printed has one command of the study that makes its counterpart, and is named by it."""
+    jobs = study.load("paper", data="/data").jobs
+    made = collections.Counter(measured(jobs))
+    assert max(made.values()) == 1
+    printed = collections.Counter()
+    for number in (2, 4, 5, 6):
+        for table in read([f"table{number}"]).tables.values():
+            for label, task in table.cells:
+                row = table.rows[label]
+                key = row.lineage.key(None)
+                of = [key] if not row.best_of else [("teacher", frozenset([teacher])) for teacher in key[1]]
+                for one in of:
+                    assert made[table.title, one, table.task_key(task)] == 1, (number, label, task)
+                printed[number] += 1
+    assert printed == {2: 27, 4: 495, 5: 60, 6: 112}  # Table 2 prints its generalist twice
+
+
+def measured(jobs):
+    """(protocol, what a representation is, task) of every accuracy that commands of a study make."""
+    kinds = {}  # MODEL → what it is, as the paper's tables say it
+    for job in jobs:
+        given = main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:])).params
+        if job.command[0] == "teach":
+            other = "resnet18" in given["init"]
+            kinds[given["out"]] = ("teacher", frozenset([(given["task"].partition(":")[0], given["split"], other)]))
+        elif job.command[0] == "train":
+            taught = [next(iter(kinds[f"runs/{name}"][1])) for name in (given["heads"] or "").split(",") if name]
+            method = {"consolidate": "consolidated"}.get(given["method"], given["method"])
+            proxy = given["store"].removeprefix("stores/")
+            kinds[given["out"]] = (method, frozenset(taught), proxy, given["balance"], given["labels"])
+        elif job.command[0] in ("probe", "finetune", "evaluate"):
+            yield from accuracies(job.command[0], given, kinds)
+
+
+def accuracies(command, given, kinds):
+    task = (given["task"].partition(":")[0], given["split"])
+    if command == "evaluate":
+        yield "upstream accuracy", kinds[given["model"]], task
+        return
+    few = {"probe": "5-shot linear SVM", "finetune": "5-shot fine-tuning"}[command]
+    protocol = "fine-tuning on all images" if command == "finetune" and given["shots"] is None else few
+    for spec in given.get("backbones") or [given["backbone"]]:
+        yield protocol, kinds.get(spec, ("generalist", frozenset())), task
 
 
 SEVERAL = """
@@ -562,8 +684,8 @@ def test_seeds_splits_and_stores_multiply():
     assert len(one) == 11  # its own teacher and students, and the students without teachers
     assert not any("split0" in word for word in one)
     report = " ".join(jobs["report"].command)
-    assert "--related birds-split1=birds-split1" in report
-    assert "--related birds-split0=birds-split1" not in report
+    assert "--related birds-split0=birds --related birds-split1=birds" in report
+    assert jobs["teach-birds-split1"].command[jobs["teach-birds-split1"].command.index("--task") + 1] == "birds"
 
 
 def test_a_store_that_is_not_there():

@@ -37,6 +37,10 @@ def info(path: str, json_file: str | None) -> None:
     "--generalist", default=None, help="Which representation is the generalist that others are compared with."
 )
 @click.option("--related", multiple=True, help="TEACHER=TASK that counts as related, besides the teacher's own.")
+@click.option("--best", multiple=True, help="NAME=LABEL,LABEL,… one row more: the best of these on its related tasks.")
+@click.option(
+    "--reference", "references", multiple=True, help="Published table to stand beside ours: CSV, or table2 … table6."
+)
 @click.option(
     "--threshold",
     type=click.FloatRange(0),
@@ -54,6 +58,8 @@ def report(
     out: str,
     generalist: str | None,
     related: tuple[str, ...],
+    best: tuple[str, ...],
+    references: tuple[str, ...],
     threshold: float,
     title: str,
     views: str | None,
@@ -61,16 +67,18 @@ def report(
 ) -> None:
     """Tables, tally and figures of RESULTS on one page, OUT/index.html.
 
-    RESULTS: JSON of probe, finetune and evaluate, RUN folders (learning curves, cost), CSV tables of accuracies in percent.
+    RESULTS: JSON of probe, finetune and evaluate, RUN folders (learning curves, cost), CSV tables of accuracies in percent,
+    and the paper's own: table2, table4, table5, table6. Runs that differ in seeds alone make one row.
 
     \b
     fastcon report birds.json flowers.json runs/student --out report
-    fastcon report benchmarks/paper/table4.csv --out report
+    fastcon report table4 --out report
+    fastcon report studies/table4/jobs/*.json --reference table4 --out report
     fastcon report --views store --out report
     """
     from fastcon.report import write_report
 
-    facts = write_report(results, out, generalist, related, threshold, views, title, say=click.echo)
+    facts = write_report(results, out, generalist, related, best, references, threshold, views, title, say=click.echo)
     finish(facts, json_file, f"{out}/index.html")
 
 
@@ -115,6 +123,7 @@ def bench(
 @click.option(
     "--data", "data_folder", default=None, help="Folder where each data set lies under its name (fastcon data list)."
 )
+@click.option("--only", multiple=True, help="A part of the study, with what it needs (repeatable).")
 @click.option("--out", default=None, help="Folder for everything the study makes.")
 @click.option("--device", default="auto", show_default=True, help="For the estimate of --dry-run: cpu, cuda …")
 @click.option("--dry-run", is_flag=True, help="Print the commands, what they need, and what they would cost.")
@@ -124,19 +133,21 @@ def study(
     snakemake: tuple[str, ...],
     overlays: tuple[str, ...],
     data_folder: str | None,
+    only: tuple[str, ...],
     out: str | None,
     device: str,
     dry_run: bool,
     json_file: str | None,
 ) -> None:
-    """Run a study FILE (TOML), or one of those that come with fastcon: all commands of an experiment, once each.
+    """Run a study FILE (TOML), one of those that come with fastcon, or a part of one: all commands of it, once each.
 
-    Without FILE: lists them. Running it again resumes. What follows -- goes to Snakemake, which runs the commands.
+    Without FILE: lists them. Parts of a study run into one folder share what they have in common. Running it again resumes. What follows -- goes to Snakemake, which runs the commands.
 
     \b
     fastcon study
-    fastcon study table4 --dry-run
+    fastcon study paper --dry-run
     fastcon study table4 --overlay small --out studies/small
+    fastcon study paper --only table2 --only fig5a --data /data --out studies/paper
     fastcon study table4 --data /data --out studies/table4 -- --executor slurm --jobs 20
     """
     from fastcon import study as stage
@@ -148,7 +159,7 @@ def study(
         return
     if not dry_run and out is None:
         raise UsageError("a study needs --out FOLDER (or --dry-run)")
-    planned = stage.load(file, overlays, data_folder)
+    planned = stage.load(file, overlays, data_folder, only)
     for job in planned.jobs:  # a wrong option is said now, not after hours
         main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:]), resilient_parsing=False)
     if dry_run:

@@ -277,8 +277,6 @@ DATASETS = {
 """The paper's data sets by name; its Cars196, Aircrafts and Birds (CUB) among them."""
 RELATED = {"ifood": ["food101"], "inaturalist": ["flowers", "cub"], "ifashion-category": ["ifashion-sleeve"]}
 """Tasks that the paper counts as related to a teacher of a data set, besides the data set itself."""
-RELATED_IN_PRINT = {"iFood": {"Food101"}, "iNaturalist": {"Flowers", "Birds"}, "CUB": {"Birds"}}
-"""The same for tables with the paper's own names, where a data set has one name as a teacher and another as a task."""
 
 
 def torchvision_files(dataset: Any) -> Files | None:

@@ -29,6 +29,7 @@ from fastcon.models import frozen
 from fastcon.models.classifier import Classifier
 from fastcon.models.frozen import Frozen
 from fastcon.models.load import load
+from fastcon.models.origin import taught
 from fastcon.run import stop_signals
 from fastcon.store import bake
 from fastcon.store.codec import Parts, codec
@@ -233,6 +234,7 @@ def _record(teacher: Teacher, machine: Machine, batch_size: int, logits: str, ho
         batch_size=batch_size,
         device=machine.target.type,
         compile=None if how == frozen.PLAIN else how,
+        **({} if teacher.generalist else taught(teacher.spec)),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,7 @@ def train(
     weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
     config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
     config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": machine.precision}
+    config["lineage"] = _lineage(store, store_path, names)
     run = Run(out, config, machine.threads)
     if run.finished(RESULT):
         say(f"{out} is finished: nothing to do")
@@ -245,6 +247,18 @@ def _identity(store: Store, names: list[str]) -> dict[str, Any]:
         "generalist": store.generalist,
         "teachers": {name: store.teachers[name].weights for name in names},
     }
+
+
+def _lineage(store: Store, path: str, names: list[str]) -> dict[str, Any]:
+    """What results say of where a student comes from: the proxy, after its store, and what its teachers were taught."""
+
+    def of(name: str) -> dict[str, Any]:
+        teacher = store.teachers[name]
+        about = {"task": teacher.task or name, "split": teacher.split or "none", "split_seed": teacher.split_seed or 0}
+        return about | {"architecture": teacher.architecture}
+
+    teachers = {name: of(name) for name in names if name != store.generalist}
+    return {"proxy": os.path.basename(path.rstrip("/")), "teachers": teachers}
 
 
 def _tensorboard(run: Run, step: int) -> Any:

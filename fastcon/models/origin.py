@@ -1,35 +1,82 @@
-"""What a MODEL is called in results, how it came about, and from which teachers."""
+"""What a MODEL is called in results, how it came about, from which teachers, and which runs repeat one another."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from fastcon.data.splits import task_name
 
+_APART = ("seed", "lineage", "threads", "versions", "heads", "weight", "store", "data")
+_OF_A_SPLIT = ("train", "test", "train_images", "test_images", "classes")
+
 
 def origin(spec: str) -> dict[str, Any]:
-    """Of a MODEL: what to call it ("name"), how it came about ("method") and from which task-specific "teachers"."""
+    """Of a MODEL: what to call it ("name"), how it came about ("method") and from which task-specific "teachers".
+
+    Of a RUN also its "lineage": its seed, what each teacher was taught, the proxy, balance and labels, and the digest of all
+    other options ("recipe"). Runs whose lineages differ in seeds alone repeat one another.
+    """
     path = Path(spec.split("?")[0])
     known = {"name": path.name or spec, "method": "generalist", "teachers": []}
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+    config = _config(path)
+    if config is None:
         return known | {"name": spec.split("/")[-1] or spec}
     if config.get("command") == "train":
         store = config["store"]
         teachers = [name for name in store["teachers"] if name != store["generalist"]]
-        return known | {
-            "method": {"consolidate": "consolidated"}.get(config["method"], config["method"]),
-            "teachers": teachers,
-        }
+        method = {"consolidate": "consolidated"}.get(config["method"], config["method"])
+        return known | {"method": method, "teachers": teachers} | _student_lineage(config, teachers)
     if config.get("command") in ("teach", "finetune"):
-        return known | {
-            "method": "teacher",
-            "teachers": [config["data"].get("task") or task_name(config["data"]["train"])],
-        }
+        task = config["data"].get("task") or task_name(config["data"]["train"])
+        lineage = {"seed": config.get("seed", 0), "teachers": [taught(spec)], "recipe": _recipe(config)}
+        return known | {"method": "teacher", "teachers": [task], "lineage": lineage}
     return known
+
+
+def taught(spec: str) -> dict[str, Any]:
+    """The task, class split and its seed of a RUN of `teach`; empty for any other MODEL."""
+    config = _config(Path(spec.split("?")[0])) or {}
+    data = config.get("data")
+    if config.get("command") != "teach" or not isinstance(data, dict):
+        return {}
+    task = data.get("task") or task_name(data["train"])
+    return {"task": task.partition(":")[0], "split": data["split"], "split_seed": data["split_seed"]}
+
+
+def _student_lineage(config: dict[str, Any], teachers: list[str]) -> dict[str, Any]:
+    lineage = config.get("lineage")  # runs of earlier versions have none
+    if lineage is None:
+        return {}
+    return {
+        "lineage": {
+            "seed": config["seed"],
+            "teachers": [lineage["teachers"][name] for name in teachers],
+            "proxy": lineage["proxy"],
+            "balance": ":".join(f"{share:g}" for share in config["balance"]),
+            "labels": config["labels"],
+            "recipe": _recipe(config),
+        }
+    }
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """Digest of the options of a run, but for its seeds and what follows from them."""
+    options = {key: value for key, value in config.items() if key not in _APART + _OF_A_SPLIT}
+    if "store" in config:
+        options["store"] = [config["store"]["recipe"], config["store"]["views"]]
+        options["weight"] = [weight for _, weight in config.get("weight") or []]
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def is_random(spec: str | Path) -> bool:

@@ -10,7 +10,9 @@ import io
 import re
 from typing import Any
 
-from fastcon.report.results import Results, Table, Trained
+from fastcon.report.cells import Representation, Table
+from fastcon.report.reference import Comparison
+from fastcon.report.results import Results, Trained
 
 RELATED, UNRELATED = "#d55e00", "#0072b2"
 LONGEST = 48
@@ -19,32 +21,68 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 def gains(table: Table, aliases: dict[str, set[str]]) -> Any | None:
-    """A row a representation, a mark a task: points above the generalist, with the 95 % interval where draws are paired."""
+    """One row per representation, a mark per task: points above the generalist, with the 95 % interval where draws are paired."""
     rows = [row for row in table.rows.values() if any(table.difference(row.label, task) for task in table.tasks)]
     if not rows:
         return None
-    figure, axes = _axes(10, 1.2 + max(0.42 * len(rows), 0.22 * len(table.tasks)))
+    figure, axes = _rows_of_marks([row.label for row in rows], table.tasks)
+    for y, row in enumerate(rows):
+        _marks(axes, table, row, y, aliases)
+    _legend(axes, table.tasks)
+    return figure
+
+
+def beside(comparison: Comparison, aliases: dict[str, set[str]]) -> Any | None:
+    """The published rows: our points above our generalist as in `gains`, and in grey theirs above theirs."""
+    published, ours = comparison.published, comparison.ours
+    labels = [label for label in published.rows if any(published.difference(label, task) for task in published.tasks)]
+    if not labels or not comparison.labels:
+        return None
+    figure, axes = _rows_of_marks(labels, published.tasks)
+    for y, label in enumerate(labels):
+        for k, task in enumerate(published.tasks):
+            theirs = published.difference(label, task)
+            if theirs is not None:
+                axes.plot(theirs[0], y + _offset(k, published.tasks), _MARKS[k % len(_MARKS)], color="0.6", ms=5, mew=0)
+        _marks(axes, ours, published.rows[label], y, aliases)
+    axes.plot([], [], "o", color="0.6", ls="", label="grey: published")
+    _legend(axes, published.tasks)
+    return figure
+
+
+def _rows_of_marks(labels: list[str], tasks: list[str]) -> tuple[Any, Any]:
+    figure, axes = _axes(10, 1.2 + max(0.42 * len(labels), 0.22 * len(tasks)))
+    axes.axvline(0, color="0.5", lw=1)
+    axes.set_yticks(range(len(labels)), [_text(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel("accuracy against the generalist (points)")
+    return figure, axes
+
+
+def _offset(k: int, tasks: list[str]) -> float:
+    return 0.5 * ((k + 0.5) / len(tasks) - 0.5)
+
+
+def _marks(axes: Any, table: Table, row: Representation, y: int, aliases: dict[str, set[str]]) -> None:
+    """A row's marks, one per task that it differs from the generalist on."""
     for k, task in enumerate(table.tasks):
-        for y, row in enumerate(rows):
-            found = table.difference(row.label, task)
-            if found is None:
-                continue
-            related = row.related(task, aliases)
-            colour = RELATED if related else UNRELATED
-            axes.errorbar(
-                found[0], y + 0.5 * ((k + 0.5) / len(table.tasks) - 0.5), xerr=found[1], marker=_MARKS[k % len(_MARKS)], ms=6,
-                mec=colour, mfc=colour if related else "none", ecolor=colour, elinewidth=1, mew=1.3, ls="",
-            )  # fmt: skip
-    for k, task in enumerate(table.tasks):
+        found = table.difference(row.label, task)
+        if found is None:
+            continue
+        related = row.related(task, aliases)
+        colour = RELATED if related else UNRELATED
+        axes.errorbar(
+            found[0], y + _offset(k, table.tasks), xerr=found[1], marker=_MARKS[k % len(_MARKS)], ms=6, mec=colour,
+            mfc=colour if related else "none", ecolor=colour, elinewidth=1, mew=1.3, ls="",
+        )  # fmt: skip
+
+
+def _legend(axes: Any, tasks: list[str]) -> None:
+    for k, task in enumerate(tasks):
         axes.plot([], [], _MARKS[k % len(_MARKS)], mec="0.5", mfc="none", ls="", label=_text(task))
     axes.plot([], [], "o", color=RELATED, ls="", label="filled: related")
     axes.plot([], [], "o", mec=UNRELATED, mfc="none", ls="", label="hollow: unrelated")
-    axes.axvline(0, color="0.5", lw=1)
-    axes.set_yticks(range(len(rows)), [_text(row.label) for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("accuracy against the generalist (points)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
 
 
 def curves(runs: list[Trained]) -> Any | None:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcon.data.published import RELATED_IN_PRINT
+from fastcon.data.published import RELATED
 from fastcon.errors import FastconError
 from fastcon.files import write_atomically
 from fastcon.report import figures, sheet, tables
-from fastcon.report.results import Results, Table, read
-from fastcon.report.tally import Line, tally
+from fastcon.report.cells import Table
+from fastcon.report.reference import Comparison, compare
+from fastcon.report.results import Results, read
+from fastcon.report.tally import Counts, Line, printed, tally
 
 THRESHOLD = 1.5
 """Points within which the tally calls two means about equal."""
@@ -65,6 +67,8 @@ def write_report(
     out: str,
     generalist: str | None = None,
     related: Sequence[str] = (),
+    best: Sequence[str] = (),
+    references: Sequence[str] = (),
     threshold: float = THRESHOLD,
     views: str | None = None,
     title: str = "fastcon report",
@@ -72,20 +76,22 @@ def write_report(
 ) -> dict[str, Any]:
     """Write OUT/index.html, and its tables (.md, .csv, .tex), figures (.svg, .png) and tally beside it; returns facts.
 
-    paths: RESULTS. generalist: the label of the generalist. related: TEACHER=TASK of further related tasks. views: a
-    STORE of which sample views are shown. title: the page's. Raises FastconError.
+    paths: RESULTS. generalist: the label of the generalist. related: TEACHER=TASK of further related tasks. best:
+    NAME=LABEL,LABEL,… a row more, the best of these on its related tasks. references: published tables, as CSV files or the
+    names of the paper's, to stand beside ours. views: a STORE of which sample views are shown. title: the page's.
+    Raises FastconError.
     """
     if not paths and views is None:
         raise FastconError(
             "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or `views` STORE"
         )
-    aliases = {teacher: set(tasks) for teacher, tasks in RELATED_IN_PRINT.items()}
+    aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
     for pair in related:
-        teacher, equals, task = pair.partition("=")
-        if not (teacher and equals and task):
-            raise FastconError(f"`related` {pair!r} is not TEACHER=TASK")
+        teacher, task = _named(pair, "`related`", "TEACHER=TASK")
         aliases.setdefault(teacher, set()).add(task)
     results = read(paths, generalist)
+    _add_best(results, best, aliases)
+    compared = [each for reference in references for each in compare(results, reference, aliases)]
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.html").exists())):
         raise FastconError(f"{out} holds other files: give an empty or a new folder as `out`")
@@ -94,21 +100,13 @@ def write_report(
     write_atomically(folder / "index.html", b"")  # so that a second try finds its own folder
     sections: list[str] = []
     tallies: dict[str, Any] = {}
+    theirs = printed() if "table4" in (*paths, *references) else {}
     for table in results.tables.values():
-        name = _file_name(table.title)
-        for ending, text in (("md", tables.markdown), ("csv", tables.comma_separated), ("tex", tables.latex)):
-            write_atomically(folder / f"{name}.{ending}", text(table).encode(errors="replace"))
-        parts = [_table(table, aliases), _figure(figures.gains(table, aliases), folder / f"{name}-gains")]
         lines = tally(table, aliases)
         if lines:
             tallies[table.title] = [_tally_facts(line, threshold) for line in lines]
-            write_atomically(folder / f"{name}-tally.md", _tally_markdown(lines, threshold).encode())
-            parts.append(_tally(lines, threshold))
-        sections.append(_section(table.title, *parts))
-        say(
-            f"== {table.title}\n\n{tables.markdown(table)}"
-            + ("\n" + _tally_markdown(lines, threshold) if lines else "")
-        )
+        sections.append(_of_table(table, lines, aliases, threshold, theirs, folder, say))
+    sections += [_of_comparison(comparison, aliases, folder, say) for comparison in compared]
     sections += [
         _section(title, _figure(figure, folder / title.replace(" ", "-")))
         for title, figure in (
@@ -121,7 +119,114 @@ def write_report(
         sections.append(_section(f"views of {views}", shown))
     sections.append(_section("configuration and cost", *_remake(results, paths, out)))
     write_atomically(folder / "index.html", _page(title, sections).encode(errors="replace"))
-    return {"out": out, "tables": list(results.tables), "tally": tallies}
+    return {
+        "out": out,
+        "tables": list(results.tables),
+        "tally": tallies,
+        "compared": [_compared_facts(comparison) for comparison in compared],
+    }
+
+
+def _named(text: str, option: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise FastconError(f"{option} {text!r} is not {form}")
+    return name, value
+
+
+def _add_best(results: Results, best: Sequence[str], aliases: dict[str, set[str]]) -> None:
+    """The rows that `best` asks for, in every table that has those they are chosen from."""
+    for text in best:
+        name, value = _named(text, "`best`", "NAME=LABEL,LABEL,…")
+        among = value.split(",")
+        tables = [table for table in results.tables.values() if all(label in table.rows for label in among)]
+        if not tables:
+            raise FastconError(f"`best` {name!r}: no table has all of {', '.join(among)}")
+        for table in tables:
+            table.add_best(name, among, aliases)
+
+
+def _of_table(
+    table: Table,
+    lines: list[Line],
+    aliases: dict[str, set[str]],
+    threshold: float,
+    theirs: dict[tuple[str, str, bool], Counts],
+    folder: Path,
+    say: Callable[[str], None],
+) -> str:
+    """A table's section, and its files."""
+    name = _file_name(table.title)
+    for ending, text in (("md", tables.markdown), ("csv", tables.comma_separated), ("tex", tables.latex)):
+        write_atomically(folder / f"{name}.{ending}", text(table).encode(errors="replace"))
+    parts = [_table(table, aliases), _figure(figures.gains(table, aliases), folder / f"{name}-gains")]
+    counts = ""
+    if lines:
+        counts = _tally_markdown(lines, threshold, theirs)
+        write_atomically(folder / f"{name}-tally.md", counts.encode())
+        parts.append(_tally(lines, threshold, theirs))
+    notes = "".join(f"{note}\n" for note in table.notes)
+    say(f"== {table.title}\n\n{tables.markdown(table)}" + (f"\n{counts}" if counts else "") + notes)
+    return _section(table.title, *parts, *(f"<p>{html.escape(note)}</p>" for note in table.notes))
+
+
+def _of_comparison(
+    comparison: Comparison, aliases: dict[str, set[str]], folder: Path, say: Callable[[str], None]
+) -> str:
+    """The section of a published table beside ours, and its files."""
+    title = comparison.ours.title
+    name, total = _file_name(title), len(comparison.published.cells)
+    markdown = tables.compared_markdown(comparison)
+    write_atomically(folder / f"{name}.md", markdown.encode(errors="replace"))
+    write_atomically(folder / f"{name}.csv", tables.compared_csv(comparison).encode(errors="replace"))
+    counted = f"{comparison.counted} of {total} published accuracies have a counterpart."
+    say(f"== {title}\n\n{markdown}\n{counted}\n" + "".join(f"{line}\n" for line in comparison.missing))
+    rows = [_compared_row(comparison, label, aliases) for label in comparison.published.rows]
+    legend = "Ours, in small the published accuracy and ours minus it. A bar on the left: a related task."
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in comparison.missing)
+    return _section(
+        title,
+        _html_table(["representation", *comparison.published.tasks], rows) + f"<p>{legend} {counted}</p>",
+        _figure(figures.beside(comparison, aliases), folder / f"{name}-gains"),
+        f"<details><summary>without a counterpart</summary><ul>{listed}</ul></details>" if listed else "",
+    )
+
+
+def _compared_row(comparison: Comparison, label: str, aliases: dict[str, set[str]]) -> str:
+    ours = comparison.labels.get(label, "")
+    cells = [
+        f'<td data-v="{html.escape(label)}">{html.escape(label)}<br><small>{html.escape(ours or "–")}</small></td>'
+    ]
+    for task in comparison.published.tasks:
+        theirs, mine = comparison.published.cells.get((label, task)), comparison.ours.cells.get((label, task))
+        if theirs is None:
+            cells.append("<td></td>")
+            continue
+        related = " ".join(["related"] * comparison.published.rows[label].related(task, aliases))
+        gain = f" {comparison.difference(label, task):+.1f}" if mine else ""
+        value = f"{mine.value:.1f}" if mine else "–"
+        key = f"{mine.value:.4f}" if mine else ""
+        cells.append(f'<td data-v="{key}" class="{related}">{value} <small>{theirs.value:.1f}{gain}</small></td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _compared_facts(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "reference": comparison.name,
+        "protocol": comparison.published.title,
+        "published": len(comparison.published.cells),
+        "compared": comparison.counted,
+        "missing": comparison.missing,
+        "cells": [
+            {
+                "published": label,
+                "ours": comparison.labels[label],
+                "task": task,
+                "difference": comparison.difference(label, task),
+            }
+            for label, task in comparison.ours.cells
+        ],
+    }
 
 
 def _page(title: str, sections: list[str]) -> str:
@@ -161,7 +266,19 @@ def _table(table: Table, aliases: dict[str, set[str]]) -> str:
     legend = "Accuracy in percent; bold: the best of its column; a bar on the left: a task related to a teacher."
     if table.generalist is not None:
         legend += " Small: points above the generalist, ± half the 95 % interval where draws are paired."
+    legend += _intervals(table)
     return _html_table(["representation", *table.tasks], rows) + f"<p>{legend}</p>"
+
+
+def _intervals(table: Table) -> str:
+    """What intervals of several runs cover, and of how many."""
+    several = {(cell.over, len(cell.parts)) for cell in table.cells.values() if len(cell.parts) > 1}
+    texts = [f"{over} ({runs} runs)" for over, runs in sorted(several)]
+    return (
+        f" Means over runs that differ in seeds alone: intervals over {' and '.join(texts)}, by Student's t."
+        if texts
+        else ""
+    )
 
 
 def _html_table(heads: list[str], rows: list[str]) -> str:
@@ -196,25 +313,49 @@ def _tally_facts(line: Line, threshold: float) -> dict[str, Any]:
     }
 
 
-def _tally_markdown(lines: list[Line], threshold: float) -> str:
-    text = [f"| tally, ≈: within {threshold:g} points | tasks | > | ≈ | < |", "|---|---|---|---|---|"]
+def _beside(line: Line, theirs: dict[tuple[str, str, bool], Counts]) -> list[str]:
+    """The paper's counts of a line, and at which thresholds ours are the same."""
+    counts = theirs.get((line.ours, line.theirs, line.related))
+    if counts is None:
+        return []
+    holds = line.thresholds(counts)
+    if holds is None:
+        return ["/".join(map(str, counts)), "none"]
+    low, high = (f"{end:.1f}" for end in holds)
+    return ["/".join(map(str, counts)), f"from {low}" if high == "inf" else f"{low} to {high}"]
+
+
+def _tally_heads(theirs: dict[tuple[str, str, bool], Counts]) -> list[str]:
+    return ["the paper", "the same at thresholds"] if theirs else []
+
+
+def _tally_markdown(lines: list[Line], threshold: float, theirs: dict[tuple[str, str, bool], Counts]) -> str:
+    heads = [f"tally, ≈: within {threshold:g} points", "tasks", ">", "≈", "<", *_tally_heads(theirs)]
+    text = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for line in lines:
-        better, equal, worse = line.counts(threshold)
-        text.append(f"| {line.ours} vs {line.theirs} | {_kind(line)} | {better} | {equal} | {worse} |")
+        cells = [
+            f"{line.ours} vs {line.theirs}",
+            _kind(line),
+            *map(str, line.counts(threshold)),
+            *_beside(line, theirs),
+        ]
+        text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 
-def _tally(lines: list[Line], threshold: float) -> str:
+def _tally(lines: list[Line], threshold: float, theirs: dict[tuple[str, str, bool], Counts]) -> str:
     rows = []
     for line in lines:
         name = f"{line.ours} vs {line.theirs}"
-        cells = [f'<td data-v="{name}">{name}</td><td data-v="{_kind(line)}">{_kind(line)}</td>']
-        cells += [f'<td data-v="{count}">{count}</td>' for count in line.counts(threshold)]
+        cells = [name, _kind(line), *map(str, line.counts(threshold)), *_beside(line, theirs)]
         each = ", ".join(f"{scenario} {value:+.1f}" for scenario, value in line.differences)
-        cells.append(f'<td style="white-space:normal;text-align:left"><small>{html.escape(each)}</small></td>')
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = ["tally", "tasks", ">", "≈", "<", "mean difference of each scenario, points"]
-    return _html_table(head, rows) + f"<p>Over the scenarios with one teacher; ≈: within {threshold:g} points.</p>"
+        row = "".join(f'<td data-v="{cell}">{cell}</td>' for cell in cells)
+        last = f'<td style="white-space:normal;text-align:left"><small>{html.escape(each)}</small></td>'
+        rows.append(f"<tr>{row}{last}</tr>")
+    heads = ["tally", "tasks", ">", "≈", "<", *_tally_heads(theirs), "mean difference of each scenario, points"]
+    return _html_table(heads, rows) + (
+        f"<p>Over the scenarios with one teacher; ≈: within {threshold:g} points, a threshold of ours: the paper names none.</p>"
+    )
 
 
 def _remake(results: Results, paths: Sequence[str], out: str) -> list[str]:

@@ -6,88 +6,22 @@ import csv
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastcon.data.splits import MULTI_LABEL_SHOTS, SHOTS
 from fastcon.errors import FastconError
 from fastcon.models.origin import origin
+from fastcon.report.cells import Lineage, Part, Representation, Table, Taught
 from fastcon.run import Waits
 
 METHODS = ("generalist", "soft-label", "teacher", "traditional", "consolidated")
 UPSTREAM = "upstream accuracy"
-_PAPER = re.compile(r"(?P<teachers>.+?)(?P<rest> \(t-split\)| category task| 10%).*")
-_SCENARIO = re.compile(r"[^+]+? (\(t-split\)|category task) (repr\. consolid\.|trad\. distill)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Representation:
-    """A row: what it is called, how it came about, and the task-specific teachers it learned from."""
-
-    label: str
-    method: str
-    teachers: tuple[str, ...] = ()
-    scenario: str | None = None
-    """The one teacher, where this row counts in the tally."""
-
-    def related(self, task: str, aliases: dict[str, set[str]]) -> bool:
-        """Whether a task is one of its teachers' own, or counted as related to it."""
-        return any(task == teacher or task in aliases.get(teacher, ()) for teacher in self.teachers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """An accuracy in percent: the mean over trials, the trials where they are known, half its 95 % interval."""
-
-    value: float
-    trials: tuple[float, ...] = ()
-    ci95: float | None = None
-    draws: str = ""
-    """What the trials were drawn from and how: those of equal draws are paired."""
-
-
-@dataclasses.dataclass
-class Table:
-    """Accuracies of one protocol: rows in order, tasks in order, what is known of them."""
-
-    title: str
-    rows: dict[str, Representation] = dataclasses.field(default_factory=dict)
-    tasks: list[str] = dataclasses.field(default_factory=list)
-    cells: dict[tuple[str, str], Cell] = dataclasses.field(default_factory=dict)
-
-    def add(self, row: Representation, task: str, cell: Cell, source: str) -> None:
-        """Put a cell; raises FastconError where it is taken by another value, or by a row of another kind."""
-        known = self.rows.setdefault(row.label, row)
-        if known != row:
-            raise FastconError(
-                f"{source}: {row.label!r} is {row.method}, another result says {known.method}: name them apart"
-            )
-        if self.cells.setdefault((row.label, task), cell) != cell:
-            raise FastconError(
-                f"{source}: {row.label!r} on {task!r} has another accuracy in another result of this protocol"
-            )
-        if task not in self.tasks:
-            self.tasks.append(task)
-
-    @property
-    def generalist(self) -> str | None:
-        """The row that others are compared with."""
-        return next((label for label, row in self.rows.items() if row.method == "generalist"), None)
-
-    def difference(self, label: str, task: str, base: str | None = None) -> tuple[float, float | None] | None:
-        """Points above another row (default: the generalist), and half the 95 % interval where draws are paired."""
-        base = base or self.generalist
-        ours, theirs = self.cells.get((label, task)), self.cells.get((base or "", task))
-        if ours is None or theirs is None or label == base:
-            return None
-        if len(ours.trials) < 2 or len(ours.trials) != len(theirs.trials) or ours.draws != theirs.draws:
-            return ours.value - theirs.value, None
-        paired = np.subtract(ours.trials, theirs.trials)
-        return float(paired.mean()), float(1.96 * paired.std(ddof=1) / math.sqrt(len(paired)))
+ABOUT = ("representation", "protocol", "method", "teachers", "network", "choice", "proxy", "balance", "labels")
+"""Columns of a CSV table that are no tasks."""
+PRINTED = Path(__file__).parent / "paper"
+"""The paper's tables: Li et al., arXiv 2107.08039, Tables 2 to 6, accuracies in percent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +44,23 @@ class Results:
     """Each RESULT and its configuration."""
 
 
+def printed_tables() -> list[str]:
+    """Names of the paper's tables of accuracies: table4 …"""
+    return sorted(path.stem for path in PRINTED.glob("*.csv") if path.stem != "table3")
+
+
 def read(paths: Sequence[str], generalist: str | None = None) -> Results:
-    """Read RESULTS: .csv, .json of probe, finetune or evaluate, RUN folders. generalist: the label that is the generalist.
+    """Read RESULTS: .csv, .json of probe, finetune or evaluate, RUN folders, or the name of one of the paper's tables.
+
+    generalist: the label that is the generalist.
 
     Raises FastconError for what is none of these, and for results that contradict each other.
     """
     results = Results({}, [], [])
     for path in paths:
-        if Path(path).is_dir():
+        if path in printed_tables() and not Path(path).exists():
+            _read_csv(PRINTED / f"{path}.csv", results)
+        elif Path(path).is_dir():
             _read_run(Path(path), results)
         elif path.endswith(".csv"):
             _read_csv(Path(path), results)
@@ -128,6 +71,7 @@ def read(paths: Sequence[str], generalist: str | None = None) -> Results:
     for table in results.tables.values():
         order = sorted(table.rows.values(), key=lambda row: row.method != "generalist")
         table.rows = {row.label: row for row in order}
+        table.merge_repetitions()
     return results
 
 
@@ -139,10 +83,11 @@ def _choose_generalist(results: Results, label: str) -> None:
     for table in found:
         for name, row in table.rows.items():
             if row.method == "generalist" or name == label:
-                method = "generalist" if name == label else "teacher"
-                table.rows[name] = dataclasses.replace(
-                    row, method=method, teachers=() if name == label else row.teachers
-                )
+                if name == label:
+                    row = dataclasses.replace(row, method="generalist", teachers=(), lineage=Lineage("generalist"))
+                else:
+                    row = dataclasses.replace(row, method="teacher")
+                table.rows[name] = row
 
 
 def _table(results: Results, title: str) -> Table:
@@ -150,7 +95,11 @@ def _table(results: Results, title: str) -> Table:
 
 
 def _read_csv(path: Path, results: Results) -> None:
-    """representation, method[, teacher], then a task a column; or teacher, representation, …, task1, acc1, …."""
+    """representation, method and, where there are any, the other columns of ABOUT; then a task per column: NAME or NAME:SPLIT.
+
+    teachers: TASK:SPLIT joined by "+" (a name without a split: all its classes); network: theirs, if it is not the
+    generalist's; choice: "best" of those teachers. The column `upstream` is a head's accuracy on its own task.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
@@ -158,27 +107,40 @@ def _read_csv(path: Path, results: Results) -> None:
     except (OSError, ValueError, csv.Error) as error:
         raise FastconError(f"{path} cannot be read as CSV ({error})") from error
     if not {"representation", "method"} <= set(columns):
-        raise FastconError(f"{path}: a table of results has the columns representation, method and one a task")
-    if "task1" in columns and ("teacher" not in columns or "acc1" not in columns):
-        raise FastconError(f"{path}: a table with task1 has the columns teacher and acc1 too")
-    table = _table(results, path.stem)
+        raise FastconError(f"{path}: a table of results has the columns representation, method and one per task")
     for number, row in enumerate(rows, 2):
+        where = f"{path}, line {number}"
         if row["method"] not in METHODS:
-            raise FastconError(f"{path}, line {number}: method {row['method']!r} is none of {', '.join(METHODS)}")
-        label = f"{row['teacher']}: {row['representation']}" if "task1" in columns else row["representation"]
-        own = (row["teacher"],) if row.get("teacher") else _teachers(row["representation"], row["method"])
-        scenario = own[0] if len(own) == 1 and ("teacher" in columns or _SCENARIO.fullmatch(label)) else None
-        base = row["method"] in ("generalist", "soft-label")
-        representation = Representation(label, row["method"], () if base else own, None if base else scenario)
-        cells = (
-            [(row[f"task{k}"], row[f"acc{k}"]) for k in range(1, 100) if f"task{k}" in columns and f"acc{k}" in columns]
-            if "task1" in columns
-            else [(name, row[name]) for name in columns if name not in ("representation", "method", "teacher")]
-        )
-        for task, value in cells:
-            if value:
-                table.add(representation, task, Cell(_percent(value, path, number)), f"{path}, line {number}")
+            raise FastconError(f"{where}: method {row['method']!r} is none of {', '.join(METHODS)}")
+        representation = _printed(row)
+        table = _table(results, row.get("protocol") or path.stem)
+        for name in columns:
+            if name in ABOUT or not row[name]:
+                continue
+            if name == "upstream" and len(representation.lineage.teachers) != 1:  # type: ignore[union-attr]
+                raise FastconError(f"{where}: upstream accuracy is of a row with one teacher")
+            part = Part(_percent(row[name], path, number))
+            if name == "upstream":
+                [teacher] = representation.lineage.teachers  # type: ignore[union-attr]
+                _table(results, UPSTREAM).add(representation, teacher.task, part, where, teacher.split)
+            else:
+                table.add(representation, name, part, where, name.partition(":")[2] or "none")
     results.sources.append((str(path), {"rows": len(rows)}))
+
+
+def _printed(row: dict[str, str]) -> Representation:
+    """A row of a CSV table."""
+    teachers = [name.partition(":")[::2] for name in (row.get("teachers") or "").split("+") if name]
+    lineage = Lineage(
+        row["method"],
+        frozenset(Taught(task, split or "none", row.get("network") or None) for task, split in teachers),
+        row.get("proxy") or None,
+        row.get("balance") or None,
+        row.get("labels") == "yes",
+    )
+    names = tuple(dict.fromkeys(task for task, _ in teachers))
+    best_of = tuple(f"{task}:{split}" for task, split in teachers) if row.get("choice") == "best" else ()
+    return Representation(row["representation"], row["method"], names, lineage, best_of=best_of)
 
 
 def _percent(text: str, path: Path, line: int) -> float:
@@ -189,12 +151,6 @@ def _percent(text: str, path: Path, line: int) -> float:
     if not 0 <= value <= 100:
         raise FastconError(f"{path}, line {line}: {text!r} is no accuracy in percent")
     return value
-
-
-def _teachers(label: str, method: str) -> tuple[str, ...]:
-    """The teachers that a row of the paper names before "(t-split)", "category task" or "10%"."""
-    found = _PAPER.fullmatch(label)
-    return tuple(found["teachers"].split(" + ")) if found else ()
 
 
 def _read_json(path: Path, results: Results) -> None:
@@ -212,8 +168,7 @@ def _read_json(path: Path, results: Results) -> None:
             protocol = _protocol(found, "fine-tuning on all images", "-shot fine-tuning")
             _add_trials(path, found, found, protocol, results)
         elif kind == "evaluate":
-            row = _representation(found["model"], found)
-            _table(results, UPSTREAM).add(row, found["task"], Cell(100 * float(found["accuracy"])), str(path))
+            _add_upstream(path, found["model"], found, results)
         else:
             raise FastconError(f"{path} is no result of probe, finetune or evaluate")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -233,15 +188,53 @@ def _add_trials(path: Path, found: dict[str, Any], row: dict[str, Any], protocol
     how = ("train", "test", "holdout", "split", "split_seed", "seed", "shots", "trials", "train_images", "test_images")
     draws = json.dumps([found.get(key) for key in how])
     trials = tuple(100 * float(value) for value in row["accuracies"])
-    cell = Cell(100 * float(row["accuracy"]), trials, 100 * float(row["ci95"]), draws)
     representation = _representation(row["backbone"], row)
-    _table(results, protocol).add(representation, found["task"], cell, str(path))
+    split, seed = _seeds(row, found)
+    part = Part(100 * float(row["accuracy"]), trials, 100 * float(row["ci95"]), draws, split, seed)
+    _table(results, protocol).add(representation, found["task"], part, str(path), found.get("split", "none"))
+
+
+def _add_upstream(path: Path, spec: str, found: dict[str, Any], results: Results) -> None:
+    """Accuracy of a head on its own task."""
+    row = _representation(spec, found)
+    task = found["task"] if "task" in found else row.teachers[0]
+    part = Part(100 * float(found["accuracy"]), (), None, "", *_seeds(row_facts(spec, found), found))
+    _table(results, UPSTREAM).add(row, task, part, str(path), found.get("split", "none"))
+
+
+def row_facts(spec: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its MODEL, or what the MODEL itself says."""
+    return facts if "method" in facts else origin(spec)
+
+
+def _seeds(row: dict[str, Any], found: dict[str, Any]) -> tuple[int, int]:
+    """Seeds of the class split and of the training behind a result: its teachers' split, else the task's."""
+    lineage = row.get("lineage") or {}
+    drawn = [teacher["split_seed"] for teacher in lineage.get("teachers", ()) if teacher.get("split", "none") != "none"]
+    split = drawn[0] if drawn else found.get("split_seed", 0) if found.get("split", "none") != "none" else 0
+    return split or 0, lineage.get("seed", 0)
 
 
 def _representation(spec: str, facts: dict[str, Any]) -> Representation:
-    known = facts if "method" in facts else origin(spec)
-    teachers = tuple(known["teachers"])
-    return Representation(known["name"], known["method"], teachers, teachers[0] if len(teachers) == 1 else None)
+    known = row_facts(spec, facts)
+    lineage = _lineage(known["method"], known["lineage"]) if known.get("lineage") else None
+    if known["method"] == "generalist":
+        lineage = Lineage("generalist")
+    return Representation(known["name"], known["method"], tuple(known["teachers"]), lineage, facts.get("architecture"))
+
+
+def _lineage(method: str, found: dict[str, Any]) -> Lineage:
+    teachers = [
+        Taught(str(t["task"]), str(t["split"]), t.get("architecture")) for t in found["teachers"] if t.get("task")
+    ]
+    return Lineage(
+        method,
+        frozenset(teachers),
+        found.get("proxy"),
+        found.get("balance"),
+        bool(found.get("labels", False)),
+        found.get("recipe"),
+    )
 
 
 def _read_run(path: Path, results: Results) -> None:
@@ -260,8 +253,7 @@ def _read_run(path: Path, results: Results) -> None:
             _add_trials(path, found, found, protocol, results)
         else:
             found = json.loads((path / "result.json").read_text())
-            row, task = _representation(str(path), {}), origin(str(path))["teachers"][0]
-            _table(results, UPSTREAM).add(row, task, Cell(100 * float(found["accuracy"])), str(path))
+            _add_upstream(path, str(path), {"accuracy": found["accuracy"]}, results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastconError(f"{path} is no finished run of train, teach or finetune ({error})") from error
     results.sources.append((str(path), config))

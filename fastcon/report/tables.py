@@ -6,7 +6,8 @@ import csv
 import io
 import re
 
-from fastcon.report.results import Table
+from fastcon.report.cells import Table
+from fastcon.report.reference import Comparison
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
@@ -59,6 +60,36 @@ def comma_separated(table: Table) -> str:
             if cell is not None:
                 found = table.difference(label, task) or (None, None)
                 writer.writerow([label, row.method, task, *(_number(v) for v in (cell.value, cell.ci95, *found))])
+    return out.getvalue()
+
+
+def compared_markdown(comparison: Comparison) -> str:
+    """A Markdown table in the published order: ours / theirs (difference); a dash where we have no counterpart."""
+    tasks = comparison.published.tasks
+    lines = ["| ours / published | " + " | ".join(map(_md, tasks)) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for label in comparison.published.rows:
+        cells = []
+        for task in tasks:
+            theirs, ours = comparison.published.cells.get((label, task)), comparison.ours.cells.get((label, task))
+            gain = comparison.difference(label, task)
+            text = f"{ours.value:.1f}" if ours else "–"
+            cells.append(
+                f"{text} / {theirs.value:.1f}" + (f" ({gain:+.1f})" if gain is not None else "") if theirs else ""
+            )
+        lines.append(f"| {_md(label)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compared_csv(comparison: Comparison) -> str:
+    """CSV, one published accuracy per line: published row, our row, task, ours, its ci95, theirs, difference."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["published", "ours", "task", "accuracy", "ci95", "published_accuracy", "difference"])
+    for (label, task), theirs in comparison.published.cells.items():
+        ours = comparison.ours.cells.get((label, task))
+        values = (ours.value, ours.ci95) if ours else (None, None)
+        numbers = (*values, theirs.value, comparison.difference(label, task))
+        writer.writerow([label, comparison.labels.get(label, ""), task, *map(_number, numbers)])
     return out.getvalue()
 
 

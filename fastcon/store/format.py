@@ -111,6 +111,10 @@ class TeacherRecord:
     architecture: str | None = None
     weights: str = ""
     """Digest of the network's state."""
+    task: str | None = None
+    """What it was taught, where it is a RUN of `teach`, and on which class split."""
+    split: str | None = None
+    split_seed: int | None = None
     size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -141,7 +145,7 @@ class TeacherRecord:
     def same_network(self, other: TeacherRecord) -> list[str]:
         """What differs between two records of one teacher, where it was computed or kept aside."""
         mine, theirs = self.json(), other.json()
-        apart = ("spec", "weights_file_digest", "weights_bytes")
+        apart = ("spec", "task", "split", "split_seed", "weights_file_digest", "weights_bytes")
         return [key for key in mine | theirs if key not in apart and mine.get(key) != theirs.get(key)]
 
 

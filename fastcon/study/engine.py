@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -40,13 +41,15 @@ def run(study: Study, out: str, arguments: Sequence[str], say: Callable[[str], N
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FastconError(f"{out} is being run by another `fastcon study`: wait for it, or stop it") from None
+        study = _with_stored_teachers(folder, study)
         _forget_outdated(folder, study)
         _write(folder, study)
         waiting = [job for job in study.jobs if not (folder / job.result).exists()]
         say(f"{len(study.jobs) - len(waiting)} of {len(study.jobs)} commands are done")
         if waiting:
             _snakemake(folder, study, list(arguments), lock.fileno(), say)
-    return {"out": out, "commands": len(study.jobs), "ran": len(waiting), "report": f"{out}/report/index.html"}
+    report = study.jobs[-1].name
+    return {"out": out, "commands": len(study.jobs), "ran": len(waiting), "report": f"{out}/{report}/index.html"}
 
 
 def _check_folder(folder: Path, study: Study) -> None:
@@ -60,7 +63,8 @@ def _check_folder(folder: Path, study: Study) -> None:
 
 def _ours(name: str) -> bool:
     """Whether a study, also one whose plan was lost, may have made this."""
-    return name in ("jobs", "runs", "stores", "report", ".snakemake", "study.lock", "snakemake.log")
+    made = ("jobs", "runs", "stores", "report", ".snakemake", "study.lock", "snakemake.log")
+    return name in made or name.startswith("report-")
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:
@@ -106,28 +110,44 @@ def _forget_outdated(folder: Path, study: Study) -> None:
 def _made_by(result: Path) -> list[str] | None:
     try:
         return json.loads(result.read_text())["argv"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _with_stored_teachers(folder: Path, study: Study) -> Study:
+    """The study, with stores that keep the teachers which they have from another part of it, or from before a change."""
+    commands = (_plan(folder) or {"commands": {}})["commands"]
+
+    def grown(job: Job) -> Job:
+        before = _made_by(folder / job.result) or commands.get(job.name)
+        if job.command[0] != "precompute" or not before or _precompute(before)[1:] != _precompute(job.command)[1:]:
+            return job
+        joining = [teacher for teacher in _precompute(job.command)[0] if teacher not in _precompute(before)[0]]
+        added = [word for teacher in joining for word in ("--teacher", teacher)]
+        return dataclasses.replace(job, command=(*before, *added))
+
+    return dataclasses.replace(study, jobs=[grown(job) for job in study.jobs])
+
+
+def _precompute(command: Sequence[str]) -> tuple[list[str], int, list[str]]:
+    """Teachers, views and all else of a precompute command."""
+    teachers, views, rest, words = [], 0, [], iter(command)
+    for word in words:
+        if word == "--teacher":
+            teachers.append(next(words))
+        elif word == "--views":
+            views = int(next(words))
+        else:
+            rest.append(word)
+    return teachers, views, rest
 
 
 def _growth(before: list[str], now: list[str]) -> str | None:
     """By what a precompute goes on where another stopped: "teachers" alone, or "views"; None: it does not."""
-
-    def split(command: list[str]) -> tuple[set[str], int, list[str]]:
-        teachers, views, rest, words = set(), 0, [], iter(command)
-        for word in words:
-            if word == "--teacher":
-                teachers.add(next(words))
-            elif word == "--views":
-                views = int(next(words))
-            else:
-                rest.append(word)
-        return teachers, views, rest
-
     if before[0] != "precompute":
         return None
-    (old_teachers, old_views, old_rest), (new_teachers, new_views, new_rest) = split(before), split(now)
-    if not (old_teachers <= new_teachers and old_views <= new_views and old_rest == new_rest):
+    (old_teachers, old_views, old_rest), (new_teachers, new_views, new_rest) = _precompute(before), _precompute(now)
+    if not (set(old_teachers) <= set(new_teachers) and old_views <= new_views and old_rest == new_rest):
         return None
     return "teachers" if old_views == new_views else "views"
 

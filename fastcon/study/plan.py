@@ -7,6 +7,7 @@ representations of a task. The keys of a study file are described in docs/paper.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ from fastcon.study.tables import (
 )
 
 PAPER = Path(__file__).parent / "paper"
+SMALL = "small"
+"""The overlay that makes small twins; all other files there are studies."""
 COMMANDS = ("probe", "finetune", "evaluate")
 
 
@@ -75,40 +78,51 @@ class Study:
 
 
 def shipped() -> dict[str, str]:
-    """Names and titles of the studies that come with fastcon."""
-    return {path.stem: _read(path).get("title", "") for path in sorted(PAPER.glob("*.toml")) if path.stem != "small"}
+    """Names and titles of the studies that come with fastcon, and of their parts, which are studies of their own."""
+    titles = {}
+    for path in sorted(PAPER.glob("*.toml")):
+        if path.stem != SMALL:
+            found = _read(path)
+            titles[path.stem] = found["title"]
+            titles |= {name: part["title"] for name, part in found.get("parts", {}).items()}
+    return titles
 
 
-def load(file: str, overlays: Sequence[str] = (), data: str | None = None) -> Study:
+def load(file: str, overlays: Sequence[str] = (), data: str | None = None, only: Sequence[str] = ()) -> Study:
     """Read a study file, or a shipped study by name; the values of `overlays` replace its own.
 
-    data: the folder where each official data set lies under its name (None: left open, as for a dry run). Raises
-    FastconError, naming the key or name at fault.
+    data: the folder where each official data set lies under its name (None: left open, as for a dry run). only: the parts
+    to be run, with what they need. Raises FastconError, naming the key or name at fault.
     """
-    found = _read(_path(file))
+    path, part = _place(file)
+    found = _read(path)
     for overlay in overlays:
-        found = _merged(found, _read(_path(overlay)))
-    name = "-".join([Path(file).stem, *(Path(overlay).stem for overlay in overlays)])
-    return planned(name, found, data)
+        found = _merged(found, _read(_place(overlay)[0]))
+    name = "-".join([path.stem, *(Path(overlay).stem for overlay in overlays)])
+    return planned(name, found, data, [*part, *only])
 
 
-def planned(name: str, found: dict[str, Any], data: str | None = None) -> Study:
+def planned(name: str, found: dict[str, Any], data: str | None = None, only: Sequence[str] = ()) -> Study:
     """A study of which the TOML is read already. Raises FastconError."""
     try:
-        return _Planner(name, found, data).study()
+        return _Planner(name, found, data, only).study()
     except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise FastconError(
             f"{name}: a value is of another kind than it should be ({error}): see docs/paper.md"
         ) from error
 
 
-def _path(file: str) -> Path:
+def _place(file: str) -> tuple[Path, list[str]]:
+    """A study's file, or that of a shipped one; and the part that is meant, if it is the name of one."""
     path = Path(file)
-    if not path.exists() and path.suffix == "" and (PAPER / f"{file}.toml").exists():
-        return PAPER / f"{file}.toml"
-    if not path.is_file():
-        raise FastconError(f"no study {file!r}: a TOML file, or one of {', '.join(shipped())}")
-    return path
+    if path.is_file():
+        return path, []
+    if (PAPER / f"{file}.toml").is_file():
+        return PAPER / f"{file}.toml", []
+    for shipped_path in sorted(PAPER.glob("*.toml")):
+        if file in _read(shipped_path).get("parts", {}):
+            return shipped_path, [file]
+    raise FastconError(f"no study {file!r}: a TOML file, or one of {', '.join(shipped())}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -127,9 +141,23 @@ def _merged(below: Any, above: Any) -> Any:
 class _Planner(Tables):
     """Turns the tables into jobs."""
 
-    def __init__(self, name: str, found: dict[str, Any], data: str | None) -> None:
+    def __init__(self, name: str, found: dict[str, Any], data: str | None, only: Sequence[str]) -> None:
         super().__init__(name, found, data)
         self._jobs: list[Job] = []
+        self._parts = {key: table(table(found, "parts"), key) for key in table(found, "parts")}
+        for key, part in self._parts.items():
+            check_keys("parts", part, f"[parts.{key}]")
+        self._only = list(dict.fromkeys(only))
+        self._evaluations = [entry for entry in entries(found, "evaluations") if self._takes_part(entry)]
+
+    def _takes_part(self, entry: Source) -> bool:
+        """Whether an evaluation is to be made."""
+        check_keys("evaluations", entry, "[[evaluations]]")
+        parts = each(entry.get("parts", []))
+        unknown = next((name for name in [*parts, *self._only] if name not in self._parts), None)
+        if unknown is not None:
+            raise FastconError(f"{self._name} has no part {unknown!r}: there are {', '.join(self._parts) or 'none'}")
+        return not self._only or bool(set(parts) & set(self._only))
 
     def study(self) -> Study:
         """Everything, in an order in which it could be run."""
@@ -138,25 +166,39 @@ class _Planner(Tables):
             if teachers.setdefault(teacher.name, teacher) is not teacher:
                 raise FastconError(f"{self._name}: two teachers are called {teacher.name!r}: name them apart")
         students = list(self._students(teachers))
+        for name in (*self._models, *teachers, *(s.name for s in students), *(s.store for s in students)):
+            check_name(name, self._name)
+        if self._only:
+            teachers, students = self._needed(teachers, students)
         for model in dict.fromkeys([self._generalist, *(teacher.model for teacher in teachers.values())]):
             self._train_model(model)
         for teacher in teachers.values():
             self._teach(teacher)
-        for name in (*self._models, *teachers, *(s.name for s in students), *(s.store for s in students)):
-            check_name(name, self._name)
         for store in dict.fromkeys(student.store for student in students):
             self._precompute(store, [s for s in students if s.store == store], teachers)
         for student in students:
             self._train(student)
-        for entry in entries(self._found, "evaluations"):
+        for entry in self._evaluations:
             self._evaluate(entry, teachers, students)
         self._report(teachers)
         names = [job.name for job in self._jobs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise FastconError(f"{self._name}: two jobs are called {twice!r}: give one a name of its own")
-        title = str(self._found.get("title", self._name))
-        return Study(self._name, title, self._jobs, self._sets, int(self._of("precompute").get("size", 224)))
+        return Study(self._name, self._title(), self._jobs, self._sets, int(self._of("precompute").get("size", 224)))
+
+    def _title(self) -> str:
+        titles = [str(self._parts[name].get("title", name)) for name in self._only]
+        return "; ".join(titles) or str(self._found.get("title", self._name))
+
+    def _needed(
+        self, teachers: dict[str, Teacher], students: list[Student]
+    ) -> tuple[dict[str, Teacher], list[Student]]:
+        """The teachers and students that the evaluations to be made are of, and the students' teachers."""
+        labels = {row[0] for entry in self._evaluations for row in self._chosen(entry, teachers, students)}
+        kept = [student for student in students if student.name in labels]
+        used = labels | {name for student in kept for name in student.teachers}
+        return {name: teacher for name, teacher in teachers.items() if name in used}, kept
 
     def _add(self, name: str, command: list[str], needs: Sequence[str] = (), **cost: Any) -> None:
         self._jobs.append(Job(name, tuple(command), tuple(dict.fromkeys(needs)), **cost))
@@ -220,7 +262,6 @@ class _Planner(Tables):
         self._add(f"train-{student.name}", command, [f"precompute-{student.store}"], trained=(cost,))
 
     def _evaluate(self, entry: Source, teachers: dict[str, Teacher], students: list[Student]) -> None:
-        check_keys("evaluations", entry, "[[evaluations]]")
         command, chosen = entry.get("command"), self._chosen(entry, teachers, students)
         if command not in COMMANDS:
             raise FastconError(
@@ -244,7 +285,7 @@ class _Planner(Tables):
                 check_name(entry["name"], self._name)
             for seed in self._draws(split):
                 where = self._labelled(name, split, seed)
-                suffix = self._label(name, split, seed).replace(":", "-").replace("/", "of")
+                suffix = self._label(name, split).replace(":", "-").replace("/", "of") + self._drawn(split, seed)
                 suffix += f"-{entry['name']}" if entry.get("name") else ""
                 of = [row for row in chosen if split == "none" or drawn.get(row[0], seed) in (seed, None)]
                 if command == "probe":
@@ -293,9 +334,10 @@ class _Planner(Tables):
             known.setdefault(row[0], [row])
         rows = []
         for name in each(entry.get("of", list(KINDS))):
-            if name not in known:
+            matching = [name] if name in known else [other for other in known if fnmatch.fnmatchcase(other, name)]
+            if not matching:
                 raise FastconError(f"{self._name}: [[evaluations]] is of {name!r}: there are {', '.join(known)}")
-            rows += known[name]
+            rows += [row for match in matching for row in known[match]]
         return list(dict.fromkeys(rows))
 
     def _upstream(
@@ -326,18 +368,37 @@ class _Planner(Tables):
         base = self._spec(self._generalist)
         if any(job.command[0] in ("probe", "finetune") and base in job.command for job in results):
             command += ["--generalist", origin(base)["name"]]
-        pairs: list[str] = []
+        for pair in self._related(teachers):
+            command += ["--related", pair]
+        for name in dict.fromkeys(teacher.best for teacher in teachers.values() if teacher.best):
+            command += ["--best", f"{name}={','.join(self._rivals(name, teachers))}"]
+        for reference in self._references():
+            command += ["--reference", reference]
+        name = "-".join(["report", *self._only])
+        command += ["--title", self._title(), "--out", name]
+        self._add(name, command, [job.name for job in results + trained])
+
+    def _related(self, teachers: dict[str, Teacher]) -> list[str]:
+        """TEACHER=TASK of each teacher's own task and of those related to it."""
+        pairs = []
         for teacher in teachers.values():
             for data in [teacher.data, *self._data(teacher.data)["related"]]:
-                seeds = [teacher.seed] if teacher.split != "none" else self._split_seeds
-                splits = self._splits.get(data, [])
-                labels = [self._label(data, split, seed) for split in splits for seed in seeds] or [data]
-                for name in dict.fromkeys((teacher.name, teacher.data)):  # students name it, its own row names its data
-                    pairs += [f"{name}={label}" for label in labels]
-        for pair in dict.fromkeys(pairs):
-            command += ["--related", pair]
-        command += ["--title", str(self._found.get("title", self._name))]
-        self._add("report", [*command, "--out", "report"], [job.name for job in results + trained])
+                for name in (teacher.name, teacher.data):  # students name it, its own row names its data
+                    pairs.append(f"{name}={data}")
+        return [pair for pair in dict.fromkeys(pairs) if len(set(pair.split("="))) > 1]
+
+    def _rivals(self, best: str, teachers: dict[str, Teacher]) -> list[str]:
+        """The rows that the best is chosen from: repetitions over class splits make one row."""
+        names = [
+            teacher.name.removesuffix(self._drawn(teacher.split, teacher.seed))
+            for teacher in teachers.values()
+            if teacher.best == best
+        ]
+        return list(dict.fromkeys(names))
+
+    def _references(self) -> list[str]:
+        parts = [self._parts[name] for name in self._only or self._parts]
+        return list(dict.fromkeys(name for part in parts for name in each(part.get("references", []))))
 
 
 def _passes(options: dict[str, Any], epochs: float) -> float:

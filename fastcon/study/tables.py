@@ -17,13 +17,14 @@ from fastcon.distill.options import METHODS
 from fastcon.errors import FastconError
 
 KEYS = {
-    "": "title generalist seeds splits models data stores teachers students evaluations options",
+    "": "title generalist seeds splits models data stores teachers students evaluations parts options",
     "options": "every teach precompute train probe finetune evaluate",
     "models": "model train options",
     "data": "train test holdout union related",
-    "teachers": "data split model name",
+    "teachers": "data split model name best",
     "students": "teachers method proxy store balance labels name options",
-    "evaluations": "command on of name options",
+    "evaluations": "command on of name parts options",
+    "parts": "title references",
 }
 KINDS = ("generalist", "teachers", "students")
 HOLDOUT = 0.5
@@ -41,6 +42,8 @@ class Teacher:
     model: str
     seed: int = 0
     """Of the class split."""
+    best: str | None = None
+    """The row of the best of several teachers, of which it is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +157,12 @@ class Tables:
         if data["holdout"] is not None:
             arguments += ["--holdout", f"{data['holdout']:g}"]
         arguments += ["--split", split, *(["--split-seed", str(seed)] if seed else [])]
-        return [*arguments, "--task", name if test_only else self._label(name, split, seed)]
+        return [*arguments, "--task", name if test_only else self._label(name, split)]
 
-    def _label(self, data: str, split: str, seed: int = 0) -> str:
+    def _label(self, data: str, split: str) -> str:
         """What a task is called in reports: its data set, and its split where the study looks at several."""
         several = len(self._splits.get(data, [])) > 1 and split in self._splits[data]
-        return (f"{data}:{split}" if several else data) + self._drawn(split, seed)
+        return f"{data}:{split}" if several else data
 
     def _drawn(self, split: str, seed: int) -> str:
         """How names tell class splits of different seeds apart, where the study has several."""
@@ -185,11 +188,12 @@ class Tables:
                 self._data(data)
                 _, part, parts = parse_split(split, self._name)
                 name = data + (f"-{part}of{parts}" if parts > 1 else "")
-                name += f"-{model}" if len(each(models)) > 1 else ""
-                name = entry.get("name", name)
+                network = f"-{model}" if len(each(models)) > 1 else ""
+                name = entry.get("name", name + network)
+                best = f"{data}-best{network}" if entry.get("best") else None
                 for seed in self._draws(split):
                     drawn = name + self._drawn(split, seed)
-                    yield Teacher(drawn, data, split, self._model(model, f"teacher {name!r}"), seed)
+                    yield Teacher(drawn, data, split, self._model(model, f"teacher {name!r}"), seed, best)
 
     def _students(self, teachers: dict[str, Teacher]) -> Iterator[Student]:
         for entry in entries(self._found, "students"):

@@ -85,7 +85,7 @@ def probe(
             threads=machine.threads,
             progress=bar(f"probe {spec}", "trials"),
         )
-        row = _row(spec, result, train.classes, time.monotonic() - started)
+        row = _row(spec, result, train.classes, time.monotonic() - started) | {"architecture": model.architecture}
         record["results"].append(row)  # type: ignore[attr-defined]
         show(row)
     return record
