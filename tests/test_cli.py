@@ -421,6 +421,15 @@ def test_the_data_sets_are_listed_with_where_to_get_them():
     assert "from  github.com/karansikka1/iFood_2019" in text
 
 
+def test_a_copy_of_a_data_set_is_checked(tmp_path, labelled_folder):
+    (tmp_path / "NWPU-RESISC45").symlink_to(labelled_folder)
+    refused = fastcon("data", "check", "resisc45", tmp_path, code=1).output
+    assert "all: 84 of 31,500 images; " in refused
+    assert refused.strip().splitlines()[-1].endswith(f"{tmp_path} is no whole copy of resisc45")
+    assert "takes the NAME of a data set and the folder" in refusal("data", "check", "resisc45", code=2)
+    assert "no data set 'cars': there are cars196" in refusal("data", "check", "cars", tmp_path)
+
+
 def test_a_study_says_what_it_lacks(tmp_path):
     assert "needs --out FOLDER" in refusal("study", "table4", code=2)
     assert "needs the data set data:cars196: give its folder with --data" in refusal(

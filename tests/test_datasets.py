@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ import torchvision
 from PIL import Image
 
 from fastcon.data import datasets
+from fastcon.data.check import check
 from fastcon.data.manifest import index
+from fastcon.data.published import DATASETS
 from fastcon.errors import FastconError
 
 
@@ -268,6 +273,74 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "stanford_cars/devkit/cars_train_annos.mat").write_bytes(b"")
     with pytest.raises(FastconError, match="are not as published"):
         index([f"data:cars196?root={tmp_path}"])
+
+
+def shards(path: Path, *members: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for k, member in enumerate(members):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((12, 14, 3), k, np.uint8)).save(buffer, "JPEG")
+            header = tarfile.TarInfo(member)
+            header.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(header, buffer)
+
+
+def test_other_layouts_that_people_have(tmp_path):
+    """Class folders and tar shards of a part instead of the official files; the union of two parts; the root itself."""
+    picture(tmp_path / "folders/train/roses/1.jpg", 1)
+    picture(tmp_path / "folders/train/tulips/2.jpg", 2)
+    picture(tmp_path / "folders/val/roses/3.jpg", 3)
+    picture(tmp_path / "folders/val/tulips/4.jpg", 4)
+    both = {"1.jpg": "roses", "2.jpg": "tulips", "3.jpg": "roses", "4.jpg": "tulips"}
+    assert labels(f"data:flowers?root={tmp_path}/folders") == both
+    assert labels(f"data:flowers?root={tmp_path}/folders&part=val") == {"3.jpg": "roses", "4.jpg": "tulips"}
+    shards(tmp_path / "tars/train-000.tar", "a/1.jpg", "b/2.jpg")
+    shards(tmp_path / "tars/train-001.tar", "a/3.jpg")
+    shards(tmp_path / "tars/test.tar", "b/9.jpg", "a/8.jpg")
+    assert labels(f"data:cars196?root={tmp_path}/tars") == {"1.jpg": "a", "2.jpg": "b", "3.jpg": "a"}
+    assert labels(f"data:cars196?root={tmp_path}/tars&part=test") == {"9.jpg": "b", "8.jpg": "a"}
+    picture(tmp_path / "root/airport/1.jpg", 1)
+    picture(tmp_path / "root/bridge/2.jpg", 2)
+    assert labels(f"data:resisc45?root={tmp_path}/root") == {"1.jpg": "airport", "2.jpg": "bridge"}
+    with pytest.raises(FastconError) as refused:
+        index([f"data:dtd?root={tmp_path}/nothing"])
+    assert f"{tmp_path}/nothing should hold dtd/dtd/images" in str(refused.value)
+    assert "or trainval/CLASS/*.jpg, or trainval*.tar with class folders" in str(refused.value)
+
+
+def test_places365_of_256_pixels(tmp_path):
+    lines(tmp_path / "categories_places365.txt", *(f"/c/class{k:03d} {k}" for k in range(365)))
+    lines(tmp_path / "places365_train_standard.txt", "/a/1.jpg 3", "/a/2.jpg 1")
+    lines(tmp_path / "places365_val.txt", "v1.jpg 2", "v2.jpg 0")
+    for name in ("data_256_standard/a/1.jpg", "data_256_standard/a/2.jpg", "val_256/v1.jpg", "val_256/v2.jpg"):
+        picture(tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:  # it would compare checksums of lists with 1.8 million lines
+        patch.setattr(torchvision.datasets.places365, "check_integrity", lambda *_, **__: True)
+        assert labels(f"data:places365?root={tmp_path}") == {"1.jpg": "/c/class003", "2.jpg": "/c/class001"}
+        assert labels(f"data:places365?root={tmp_path}&part=val") == {"v1.jpg": "/c/class002", "v2.jpg": "/c/class000"}
+
+
+def test_whether_a_copy_is_whole(tmp_path, monkeypatch):
+    for k in range(6):
+        picture(tmp_path / f"NWPU-RESISC45/{'abc'[k % 3]}/{k}.jpg", k)
+    small = dataclasses.replace(DATASETS["resisc45"], classes=3, parts={"all": 6}, per_class={"all": 2})
+    monkeypatch.setitem(DATASETS, "resisc45", small)
+    [part], absent = check("resisc45", str(tmp_path))
+    assert (part.images, part.classes, part.per_class, part.faults, absent) == (6, 3, (2, 2), [], {})
+    (tmp_path / "NWPU-RESISC45/b/1.jpg").unlink()
+    [part], _ = check("resisc45", str(tmp_path))
+    assert part.faults == ["5 of 6 images", "1 to 2 images per class instead of 2"]
+    cars(tmp_path / "cars")
+    (tmp_path / "cars/stanford_cars/cars_train/2.jpg").unlink()
+    train, test = check("cars196", str(tmp_path / "cars"))[0]
+    assert train.faults[0] == "2 of 8,144 images"
+    assert train.faults[1:] == ["3 of 196 classes", "1 listed but missing, first stanford_cars/cars_train/2.jpg"]
+    assert test.images == 2
+    parts, absent = check("imagenet", str(tmp_path))
+    assert parts == []
+    assert set(absent) == {"train", "val"}
 
 
 def test_roots_with_a_plus_or_a_percent(tmp_path):

@@ -161,7 +161,8 @@ def test_wheel_and_sdist_hold_the_kernels(tmp_path):
         "fastcon/py.typed",
         "fastcon/cli/main.py",
     } <= names
-    assert {"fastcon/study/Snakefile", "fastcon/study/paper/table4.toml", "fastcon/study/paper/small.toml"} <= names
+    assert {"fastcon/study/Snakefile", "fastcon/study/paper/paper.toml", "fastcon/study/paper/small.toml"} <= names
+    assert "fastcon/report/paper/table4.csv" in names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
     with tarfile.open(sdist) as tar:
         inside = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}

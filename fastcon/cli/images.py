@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from fastcon.cli.group import main
 from fastcon.cli.options import common, group
 from fastcon.cli.output import Bar, finish, indexer
 from fastcon.data.options import Indexing
+from fastcon.errors import FastconError
 
 
 @main.command()
@@ -57,14 +60,31 @@ def dedup(
 
 
 @main.command()
-@click.argument("action", type=click.Choice(["list"]))
+@click.argument("action", type=click.Choice(["list", "check"]))
+@click.argument("name", required=False)
+@click.argument("root", required=False)
 @common
-def data(action: str, json_file: str | None) -> None:
-    """The named data sets: what they are, where a user gets them, what must lie under `root` of data:NAME?root=….
+def data(action: str, name: str | None, root: str | None, json_file: str | None) -> None:
+    """The named data sets: list them, or check whether the copy of one under ROOT is whole.
+
+    list: what they are, where a user gets them, what must lie under `root` of data:NAME?root=…. check: images and classes of
+    each part against the published numbers; nothing is decoded.
 
     \b
     fastcon data list
+    fastcon data check cars196 /data/cars196
     """
+    if action == "check":
+        if name is None or root is None:
+            raise click.UsageError("data check takes the NAME of a data set and the folder where it lies")
+        _check(name, root, json_file)
+    elif name is not None:
+        raise click.UsageError("data list takes no arguments")
+    else:
+        _list(json_file)
+
+
+def _list(json_file: str | None) -> None:
     from fastcon.data.published import DATASETS
 
     shown = ("title", "classes", "parts", "train", "test", "where", "files")
@@ -75,3 +95,17 @@ def data(action: str, json_file: str | None) -> None:
         lines.append(f"{name}: {known.title}; {known.classes:,} classes; images: {parts}")
         lines += [f"    from  {known.where}", f"    files {known.files}"]
     finish(facts, json_file, "\n".join(lines))
+
+
+def _check(name: str, root: str, json_file: str | None) -> None:
+    from fastcon.data.check import check
+
+    parts, absent = check(name, root)
+    lines = [f"{part.name}: {'; '.join(part.faults) or f'whole, {part.images:,} images'}" for part in parts]
+    lines += [f"{part}: not there" for part in absent]
+    if not parts:
+        raise FastconError(next(iter(absent.values())))
+    facts = [dataclasses.asdict(part) | {"faults": part.faults} for part in parts]
+    finish({"name": name, "root": root, "parts": facts, "absent": absent}, json_file, "\n".join(lines))
+    if any(part.faults for part in parts):
+        raise FastconError(f"{root} is no whole copy of {name}")

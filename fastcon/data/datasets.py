@@ -75,8 +75,12 @@ def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
         found = known.read(root, part) if known.group is None else known.read(root, part, known.group)
         pairs = found if isinstance(found, Path) else list(found)
     except OSError as error:
+        other = known.elsewhere(root, part)
+        if other is not None:
+            return other
         raise FastconError(
             f"{source}: {error.filename or root} is missing: {root} should hold {known.files} (from {known.where})"
+            + (f", or {part}/CLASS/*.jpg, or {part}*.tar with class folders" if known.group is None else "")
         ) from error
     except Exception as error:  # whatever a reader of damaged files may raise
         raise FastconError(f"{source}: the files under {root} are not as published ({error!r})") from error

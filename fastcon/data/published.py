@@ -44,6 +44,43 @@ class DataSet:
     """The part that tests; None: no official one, --holdout stands in."""
     group: str | None = None
     """Of a multi-label set: which labels."""
+    per_class: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Images per class in each part where all classes have as many."""
+
+    def elsewhere(self, root: Path, part: str) -> Path | None:
+        """A part in another layout that people have: class folders PART/CLASS, or shards PART.tar, PART-*.tar with them.
+
+        The union of train and val is looked for as either, too. A part "all" may be the root itself. None: there is neither,
+        or the set has several labels per image, which no folder says.
+        """
+        if self.group is not None:
+            return None
+        short = part.partition("-")[0]
+        places = [_class_folders(root, [short]), _shards(root, [short])]
+        if part == "trainval":
+            places += [_class_folders(root, ["train", "val"]), _shards(root, ["train", "val"])]
+        if part == "all":
+            places += [_class_folders(root, ["."]), _shards(root, ["*"])]
+        return next((place for place in places if place is not None), None)
+
+
+def _class_folders(root: Path, parts: list[str]) -> Path | None:
+    """Folders that all hold at least two folders."""
+    for part in parts:
+        folder = root / part
+        if not folder.is_dir() or sum(entry.is_dir() for entry in os.scandir(folder)) < 2:
+            return None
+    return root / _braces(parts)
+
+
+def _shards(root: Path, parts: list[str]) -> Path | None:
+    found = [sorted({*root.glob(f"{part}.tar"), *root.glob(f"{part}-*.tar")}) for part in parts]
+    return root / _braces([path.name for paths in found for path in paths]) if all(found) else None
+
+
+def _braces(names: list[str]) -> str:
+    """Several names as one of IMAGES: {a,b}."""
+    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
 
 
 def _folders(below: str) -> Callable[[Path, str], Path]:
@@ -76,6 +113,12 @@ def _torchvision(name: str, **options: Any) -> Callable[[Path, str], Iterator[An
                 yield os.path.relpath(files.root / path, root), labels
 
     return read
+
+
+def _places(root: Path, part: str) -> Iterator[Any]:
+    """Images of the original size or, where those are not there, of 256 px (data_256_standard, val_256)."""
+    large = root / ("data_large_standard" if part.startswith("train") else "val_large")
+    return _torchvision("Places365", small=not large.is_dir())(root, part)
 
 
 def _cub(root: Path, part: str) -> Pairs:
@@ -162,6 +205,7 @@ DATASETS = {
         "NWPU-RESISC45/CLASS/*.jpg",
         _folders("NWPU-RESISC45"),
         "all",
+        per_class={"all": 700},
     ),
     "ifood": DataSet(
         "iFood 2019 (FoodX-251)",
@@ -182,6 +226,7 @@ DATASETS = {
         _torchvision("Food101"),
         "train",
         "test",
+        per_class={"train": 750, "test": 250},
     ),
     "ifashion-category": _fashion("category", 105),
     "ifashion-sleeve": _fashion("sleeve", 4),
@@ -194,6 +239,7 @@ DATASETS = {
         _torchvision("DTD"),
         "trainval",
         "test",
+        per_class={"train": 40, "val": 40, "trainval": 80, "test": 40},
     ),
     "flowers": DataSet(
         "Oxford Flowers 102",
@@ -204,6 +250,7 @@ DATASETS = {
         _torchvision("Flowers102"),
         "trainval",
         "test",
+        per_class={"train": 10, "val": 10, "trainval": 20},
     ),
     "caltech256": DataSet(
         "Caltech-256, with its clutter",
@@ -243,6 +290,7 @@ DATASETS = {
         _inaturalist,
         "train",
         "val",
+        per_class={"val": 3},
     ),
     "imagenet": DataSet(
         "ImageNet (ILSVRC2012)",
@@ -253,16 +301,19 @@ DATASETS = {
         _folders("{part}"),
         "train",
         "val",
+        per_class={"val": 50},
     ),
     "places365": DataSet(
         "Places365-Standard",
         365,
         {"train-standard": 1_803_460, "val": 36_500},
         "places2.csail.mit.edu",
-        "categories_places365.txt, places365_train_standard.txt, places365_val.txt, data_large_standard, val_large",
-        _torchvision("Places365"),
+        "categories_places365.txt, places365_train_standard.txt, places365_val.txt, data_large_standard, val_large (or "
+        "data_256_standard, val_256)",
+        _places,
         "train-standard",
         "val",
+        per_class={"val": 100},
     ),
     "logo2k": DataSet(
         "Logo-2K+",
