@@ -405,7 +405,7 @@ def test_features_of_the_images_that_draws_touch_are_enough(tmp_path, labelled_f
     monkeypatch.setattr(stage, "features", spy)
     found = []
     for few in (10, 0):
-        monkeypatch.setattr(stage, "FEW", few)
+        monkeypatch.setattr(stage.defaults, "FEW", few)
         fastcon("probe", teacher_file, "--train", labelled_folder, "--holdout", 0.5, "--split", "d", "--shots", 2,
                 "--trials", 2, "--folds", 2, "--json", tmp_path / "probe.json")  # fmt: skip
         found.append(json.loads((tmp_path / "probe.json").read_text()))

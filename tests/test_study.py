@@ -388,7 +388,7 @@ def test_the_cost_of_training_by_hand(tmp_path):
         )
         + '[[teachers]]\ndata = "shapes"\n[[students]]\nteachers = ["shapes"]\nmethod = "consolidate"\nproxy = "proxy"\n'
     )
-    facts, text = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None)
+    facts, text = study.describe(study.load(str(file)), torch.device("cpu"), lambda line: None, (100, 10))
     seconds = {job["name"]: job["seconds"] for job in facts["jobs"]}
     assert sum(seconds.values()) == pytest.approx(facts["seconds"])
     assert seconds["report"] == 0 < seconds["probe-shapes"]
@@ -398,6 +398,21 @@ def test_the_cost_of_training_by_hand(tmp_path):
     )
     assert facts["images_forward"] == 96 + 2 * 3 * 100
     assert facts["images_trained"] == 24 * 10 * (1 + 2 * 0.9) + 7 * 100
+    assert facts["seconds_at_rate"] == pytest.approx(facts["images_forward"] / 100 + facts["images_trained"] / 10)
+    assert facts["stores_bytes"] == 3 * 100 * (21 + 2 * 1000 + 2 * 4)  # the generalist's classes, and half of eight
+    assert facts["runs_bytes"] == 2 * next(job["runs_bytes"] for job in facts["jobs"] if job["name"] == "teach-shapes")
+    assert facts["runs_bytes"] > 2 * 4 * 1_300_000  # a ShuffleNet's parameters
+    assert facts["features_bytes"] == 96 * 4 * 1024
+    assert "disk: stores 0.0 GB, runs 0.0 GB, features 0.0 GB" in text
+
+
+def test_images_that_few_shot_probes_do_not_look_at_are_not_counted():
+    """Of iFashion's million images 50 draws of 1,000, and the test part; of Food-101 all."""
+    planned = study.load("fig5a", data="/data")
+    looked_at = {job.name: job.forward[0][1] for job in planned.jobs if job.command[0] == "probe"}
+    assert looked_at["probe-ifashion-sleeve-balance"] == "ifashion-sleeve:none drawn"
+    assert planned.images["ifashion-sleeve:none drawn"] == ([], 50 * 1000 + 9897)
+    assert looked_at["probe-food101-balance"] == "food101 whole"
 
 
 def twin(out, name):

@@ -126,6 +126,13 @@ def bench(
 @click.option("--only", multiple=True, help="A part of the study, with what it needs (repeatable).")
 @click.option("--out", default=None, help="Folder for everything the study makes.")
 @click.option("--device", default="auto", show_default=True, help="For the estimate of --dry-run: cpu, cuda …")
+@click.option(
+    "--rate",
+    type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
+    default=None,
+    metavar="FORWARD TRAINED",
+    help="For the estimate: images/s of the generalist on another machine, forward and in training.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the commands, what they need, and what they would cost.")
 @common
 def study(
@@ -136,6 +143,7 @@ def study(
     only: tuple[str, ...],
     out: str | None,
     device: str,
+    rate: tuple[float, float] | None,
     dry_run: bool,
     json_file: str | None,
 ) -> None:
@@ -145,7 +153,7 @@ def study(
 
     \b
     fastcon study
-    fastcon study paper --dry-run
+    fastcon study paper --dry-run --rate 2500 800
     fastcon study table4 --overlay small --out studies/small
     fastcon study paper --only table2 --only fig5a --data /data --out studies/paper
     fastcon study table4 --data /data --out studies/table4 -- --executor slurm --jobs 20
@@ -163,7 +171,7 @@ def study(
     for job in planned.jobs:  # a wrong option is said now, not after hours
         main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:]), resilient_parsing=False)
     if dry_run:
-        facts, text = stage.describe(planned, choose_device(device), note)
+        facts, text = stage.describe(planned, choose_device(device), note, rate)
         finish(facts, json_file, text)
         return
     if planned.missing_data:

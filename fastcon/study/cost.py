@@ -1,13 +1,15 @@
-"""What a study would do and cost: its graph, its images, and the time they would take on this machine."""
+"""What a study would do and cost: its graph, its images, disk, and the time they would take here or on another machine."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,53 +19,128 @@ from fastcon.data.sources import read
 from fastcon.errors import FastconError
 from fastcon.machine import Machine, precision_context
 from fastcon.models.load import load
+from fastcon.store.codec import codec
 from fastcon.study.plan import Job, Study
 from fastcon.training import settle
 
 BATCH = 32
+BAKED = 0.33
+"""Bytes per pixel of a baked view at quality 90: see benchmarks/README.md."""
 LONGEST = 5
 """Commands whose share of the time is said."""
 
 
-def describe(study: Study, device: torch.device, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """Counts, images and estimated seconds of a study, and a text with its graph.
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """What an architecture costs: images/s forward and in a step of training, bytes of its weights, classes, feature width."""
+
+    forward: float
+    trained: float
+    weights: int
+    classes: int
+    width: int
+
+
+Rate = tuple[float, float]
+"""Images/s forward and trained on, of the generalist."""
+
+
+def describe(
+    study: Study, device: torch.device, say: Callable[[str], None], rate: Rate | None = None
+) -> tuple[dict[str, Any], str]:
+    """Counts, images, bytes and estimated seconds of a study, and a text with its graph.
 
     The time is of the networks alone (a step of 32 images, measured here), without decoding; images of sets that are
-    not there and have no published size are not counted, and said.
+    not there and have no published size are not counted, and said. rate: of the generalist on another machine, as a GPU,
+    whose time is estimated too: the ratios between networks are taken to be as here.
     """
     sizes = {name: _size(sources, share) for name, (sources, share) in study.images.items()}
     specs = dict.fromkeys(spec for job in study.jobs for spec, _, _ in job.forward + job.trained)
-    rates = {spec: _rates(spec, study.size, device, say) for spec in specs}
+    networks = {spec: _network(spec, study.size, device, say) for spec in specs}
     counts = collections.Counter(job.command[0] for job in study.jobs)
-    forward = sum(_images(job.forward, sizes) for job in study.jobs)
-    trained = sum(_images(job.trained, sizes) for job in study.jobs)
-    each = {job.name: _seconds(job, sizes, rates) for job in study.jobs}
-    seconds = sum(each.values())
+    jobs = [_cost(job, sizes, networks, rate) for job in study.jobs]
+    totals = {key: sum(job[key] for job in jobs) for key in ("images_forward", "images_trained", "seconds", *_BYTES)}
+    elsewhere = None if rate is None else sum(job["seconds_at_rate"] for job in jobs)
     unknown = sorted(name for name, size in sizes.items() if size is None)
     facts = {
         "study": study.name,
         "counts": dict(counts),
-        "images_forward": round(forward),
-        "images_trained": round(trained),
-        "seconds": seconds,
+        **totals,
         "device": str(device),
         "unknown": unknown,
-        "jobs": [
-            {"name": job.name, "command": list(job.command), "needs": list(job.needs), "seconds": each[job.name]}
-            for job in study.jobs
-        ],
+        "jobs": jobs,
     }
+    facts |= {} if rate is None else {"rate": list(rate), "seconds_at_rate": elsewhere}
     lines = [f"{study.name}: {study.title}", ""]
     lines += [f"{job.name}" + (f"  <-  {_few(job.needs)}" if job.needs else "") for job in study.jobs]
     lines += ["", f"{len(study.jobs)} commands: " + ", ".join(f"{n} {command}" for command, n in counts.items())]
-    lines.append(f"images: {forward:,.0f} forward, {trained:,.0f} trained on")
+    lines.append(f"images: {totals['images_forward']:,.0f} forward, {totals['images_trained']:,.0f} trained on")
     lines += [f"not counted, as they are not there: {', '.join(unknown)}"] if unknown else []
-    for spec, (ahead, step) in rates.items():
-        lines.append(f"{spec}: {ahead:,.0f} images/s forward, {step:,.0f} images/s trained on, on {device}")
-    lines.append(f"about {_duration(seconds)} on this machine, decoding and start-up not counted")
-    longest = sorted(each, key=lambda name: -each[name])[:LONGEST] if seconds else []
-    lines += [f"  {each[name] / seconds:4.0%}  {_duration(each[name])}  {name}" for name in longest]
+    disk = ", ".join(f"{kind.removesuffix('_bytes')} {totals[kind] / 1e9:,.1f} GB" for kind in _BYTES)
+    lines.append(f"disk: {disk}")
+    for spec, network in networks.items():
+        lines.append(
+            f"{spec}: {network.forward:,.0f} images/s forward, {network.trained:,.0f} images/s trained on, on {device}"
+        )
+    lines.append(f"about {_duration(totals['seconds'])} on this machine, decoding and start-up not counted")
+    if rate is not None:
+        lines.append(
+            f"about {_duration(elsewhere or 0)} where the generalist does {rate[0]:,.0f} images/s forward, {rate[1]:,.0f} trained on"
+        )
+    longest = sorted(jobs, key=lambda job: -job["seconds"])[:LONGEST] if totals["seconds"] else []
+    lines += [
+        f"  {job['seconds'] / totals['seconds']:4.0%}  {_duration(job['seconds'])}  {job['name']}" for job in longest
+    ]
     return facts, "\n".join(lines)
+
+
+_BYTES = ("stores_bytes", "runs_bytes", "features_bytes")
+
+
+def _cost(job: Job, sizes: dict[str, float | None], networks: dict[str, _Network], rate: Rate | None) -> dict[str, Any]:
+    """What one command costs."""
+
+    def total(passes: tuple[tuple[str, str, float], ...], each: Callable[[_Network], float]) -> float:
+        return sum(times * (sizes[name] or 0.0) * each(networks[spec]) for spec, name, times in passes)
+
+    seconds = total(job.forward, lambda n: 1 / n.forward) + total(job.trained, lambda n: 1 / n.trained)
+    cost: dict[str, Any] = {
+        "name": job.name,
+        "command": list(job.command),
+        "needs": list(job.needs),
+        "images_forward": round(total(job.forward, lambda n: 1)),
+        "images_trained": round(total(job.trained, lambda n: 1)),
+        "seconds": seconds,
+        "stores_bytes": _store_bytes(job, sizes, networks),
+        "runs_bytes": networks[job.keeps].weights if job.keeps else 0,
+        "features_bytes": total(job.forward, lambda n: 4 * n.width) if job.command[0] == "probe" else 0,
+    }
+    if rate is not None:
+        base = next(iter(networks.values()))  # the generalist's
+        there = total(job.forward, lambda n: base.forward / n.forward / rate[0])
+        cost["seconds_at_rate"] = there + total(job.trained, lambda n: base.trained / n.trained / rate[1])
+    return cost
+
+
+def _store_bytes(job: Job, sizes: dict[str, float | None], networks: dict[str, _Network]) -> float:
+    """Of a store: logits as its codec keeps them, and of every row 21 bytes that say which view it is; baked views with them."""
+    if not job.heads:
+        return 0.0
+    options = dict(zip(job.command, job.command[1:], strict=False))
+    kept = codec(options.get("--logits", "float16"))
+    row = 21.0 + sum(kept.row_bytes(round(_classes(of, share, networks))) for of, share in job.heads)
+    row += BAKED * int(options.get("--size", 224)) ** 2 if "--bake" in job.command else 0
+    _, name, views = job.forward[0]
+    return views * (sizes[name] or 0.0) * row
+
+
+def _classes(of: str | tuple[str, ...], share: float, networks: dict[str, _Network]) -> float:
+    """How many classes a head has: of a MODEL, or a share of those of IMAGES; 0 where they are not there."""
+    if isinstance(of, str):
+        return networks[of].classes
+    if of[0].startswith("data:"):
+        return share * datasets.dataset(of[0].removeprefix("data:").partition("?")[0]).classes
+    return share * max((_listed(source) or (0, 0))[1] for source in of)
 
 
 def _few(names: tuple[str, ...]) -> str:
@@ -82,30 +159,22 @@ def _size(sources: list[str], share: float) -> float | None:
             listed = _listed(source)
             if listed is None:
                 return None
-            total += listed
+            total += listed[0]
     return total * share
 
 
 @functools.cache
-def _listed(source: str) -> int | None:
-    """How many images a source lists; None where it is not there."""
+def _listed(source: str) -> tuple[int, int] | None:
+    """How many images a source lists, and of how many classes; None where it is not there."""
     try:
-        return len(read([source]).size)
+        listing = read([source])
+        return len(listing.size), len(listing.classes)
     except (FastconError, OSError):
         return None
 
 
-def _images(passes: tuple[tuple[str, str, float], ...], sizes: dict[str, float | None]) -> float:
-    return sum(times * (sizes[name] or 0.0) for _, name, times in passes)
-
-
-def _seconds(job: Job, sizes: dict[str, float | None], rates: dict[str, tuple[float, float]]) -> float:
-    ahead = sum(times * (sizes[name] or 0.0) / rates[spec][0] for spec, name, times in job.forward)
-    return ahead + sum(times * (sizes[name] or 0.0) / rates[spec][1] for spec, name, times in job.trained)
-
-
-def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None]) -> tuple[float, float]:
-    """(images/s forward, images/s of a training step) of a MODEL's architecture, with random weights."""
+def _network(spec: str, size: int, device: torch.device, say: Callable[[str], None]) -> _Network:
+    """Measured with random weights; its classes are those of its weights, where these are a file here."""
     architecture, _, query = spec.partition("?")
     found = re.search(r"size=(\d+)", query)
     side = int(found[1]) if found else size
@@ -124,7 +193,12 @@ def _rates(spec: str, size: int, device: torch.device, say: Callable[[str], None
             loss = model.train()(pixels).square().mean()
         loss.backward()
 
-    return BATCH / _time(ahead, device), BATCH / _time(step, device)
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    known = load(spec) if Path(architecture.partition("@")[2]).is_file() else model
+    width = model.features(pixels[:1]).shape[1]
+    return _Network(
+        BATCH / _time(ahead, device), BATCH / _time(step, device), weights, len(known.heads[0].classes), width
+    )
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:

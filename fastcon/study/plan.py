@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcon.data.published import DATASETS
+from fastcon.data.splits import MULTI_LABEL_SHOTS, SHOTS
 from fastcon.errors import FastconError
 from fastcon.models.origin import origin
 from fastcon.study.tables import (
@@ -32,6 +33,7 @@ from fastcon.study.tables import (
     table,
     task_of,
 )
+from fastcon.transfer.options import FEW, TRIALS
 
 PAPER = Path(__file__).parent / "paper"
 SMALL = "small"
@@ -52,6 +54,10 @@ class Job:
     """(MODEL, IMAGES set, passes over a set) that are computed without gradients; for the estimate of the cost."""
     trained: tuple[tuple[str, str, float], ...] = ()
     """Likewise, with gradients."""
+    heads: tuple[tuple[str | tuple[str, ...], float], ...] = ()
+    """Whose logits a store gets: a MODEL, or the IMAGES and the share of their classes that a teacher is taught."""
+    keeps: str | None = None
+    """MODEL of whose size the run is that it leaves behind."""
 
     @property
     def result(self) -> str:
@@ -235,6 +241,7 @@ class _Planner(Tables):
             [*command, *flags_of(options), "--out", f"runs/{teacher.name}"],
             self._of_model(teacher.model),
             trained=((self._init(teacher.model), f"{teacher.data}:{teacher.split} train", _passes(options, 120)),),
+            keeps=self._init(teacher.model),
         )
 
     def _precompute(self, store: str, students: list[Student], teachers: dict[str, Teacher]) -> None:
@@ -249,17 +256,19 @@ class _Planner(Tables):
         for name in used:
             command += ["--teacher", f"{name}=runs/{name}"]
         models = [self._generalist, *(teachers[name].model for name in used)]
+        taught = [(tuple(self._data(teachers[name].data)["train"]), share_of(teachers[name].split)) for name in used]
         self._add(
             f"precompute-{store}",
             command,
             [*self._of_model(self._generalist), *(f"teach-{name}" for name in used)],
             forward=tuple((self._init(model), f"{proxy} proxy", float(views)) for model in models),
+            heads=((self._init(self._generalist), 1.0), *taught),
         )
 
     def _train(self, student: Student) -> None:
         command = ["train", "--store", f"stores/{student.store}", *student.arguments, "--out", f"runs/{student.name}"]
         cost = (self._init(self._generalist), f"{student.proxy} proxy", student.epochs)
-        self._add(f"train-{student.name}", command, [f"precompute-{student.store}"], trained=(cost,))
+        self._add(f"train-{student.name}", command, [f"precompute-{student.store}"], trained=(cost,), keeps=cost[0])
 
     def _evaluate(self, entry: Source, teachers: dict[str, Teacher], students: list[Student]) -> None:
         command, chosen = entry.get("command"), self._chosen(entry, teachers, students)
@@ -289,18 +298,31 @@ class _Planner(Tables):
                 suffix += f"-{entry['name']}" if entry.get("name") else ""
                 of = [row for row in chosen if split == "none" or drawn.get(row[0], seed) in (seed, None)]
                 if command == "probe":
-                    self._probe(suffix, f"{name}:{split}", of, [*where, *flags])
+                    self._probe(suffix, self._looked_at(name, split, options), of, [*where, *flags])
                 else:
                     for label, spec, job in of:
                         self._finetune(suffix, f"{name}:{split}", label, spec, job, [*where, *flags], options)
 
-    def _probe(self, suffix: str, task: str, chosen: list[tuple[str, str, str]], flags: list[str]) -> None:
+    def _looked_at(self, name: str, split: str, options: dict[str, Any]) -> str:
+        """The set of images that a probe computes features of: all, or of a much larger published set those that are drawn."""
+        known = DATASETS.get(name)
+        if known is None or name in table(self._found, "data") or options.get("full"):
+            return f"{name} whole"
+        usual, strata = (MULTI_LABEL_SHOTS, 1.0) if known.group else (SHOTS, known.classes * share_of(split))
+        drawn = float(options.get("shots", usual)) * strata * float(options.get("trials", TRIALS))
+        if FEW * drawn >= known.parts[known.train]:
+            return f"{name} whole"
+        images = f"{name}:{split} drawn"
+        self._sets[images] = ([], drawn + (known.parts[known.test] if known.test else 0))
+        return images
+
+    def _probe(self, suffix: str, images: str, chosen: list[tuple[str, str, str]], flags: list[str]) -> None:
         backbone = self._init(self._generalist)
         self._add(
             f"probe-{suffix}",
             ["probe", *(spec for _, spec, _ in chosen), *flags],
             [job for _, _, job in chosen if job],
-            forward=((backbone, f"{task.partition(':')[0]} whole", float(len(chosen))),),
+            forward=((backbone, images, float(len(chosen))),),
         )
 
     def _finetune(

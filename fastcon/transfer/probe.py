@@ -17,12 +17,11 @@ from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier
 from fastcon.models.load import load
 from fastcon.models.origin import origin
+from fastcon.transfer import options as defaults
 from fastcon.transfer.features import Progress, features
 from fastcon.transfer.few_shot import Result, few_shot
 from fastcon.transfer.options import TRIALS, ProbeOptions
 
-FEW = 10
-"""Cache features of the whole set unless a probe needs under 1 image in 10."""
 Bar = Callable[[str, str], Progress]
 """(what, unit) → progress(done, total)."""
 
@@ -95,8 +94,8 @@ def _needed(train: Subset, test: Subset, shots: int | None, trials: int, seed: i
     """The images whose features are computed: all of a set, or a few of a much larger one."""
     if shots is not None:
         touched = splits.drawn(train, shots, seed, trials)
-        train = splits.alone(touched) if FEW * len(touched) < len(train.manifest) else train
-    return train, splits.alone(test) if FEW * len(test) < len(test.manifest) else test
+        train = splits.alone(touched) if defaults.FEW * len(touched) < len(train.manifest) else train
+    return train, splits.alone(test) if defaults.FEW * len(test) < len(test.manifest) else test
 
 
 def _features(
