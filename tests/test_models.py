@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastcon.errors import FastconError
 from fastcon.machine import choose_device
 from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Head
 from fastcon.models.load import load
+from fastcon.models.origin import origin, taught
 
 FAMILIES = {
     "alexnet": 64,
@@ -325,3 +327,47 @@ def test_one_of_several_heads(tmp_path, generalist_file):
     assert [head.classes for head in one.heads] == [("x", "y")]
     with pytest.raises(FastconError, match="no head 'z': there are head, new"):
         load(f"{run}?head=z")
+
+
+def config_of(path: Path, **changes) -> str:
+    """A RUN of `train` with two teachers, as far as `origin` looks at it."""
+    teacher = {"task": "birds", "split": "t", "split_seed": 0, "architecture": "torchvision:resnet18"}
+    config = {
+        "command": "train", "method": "consolidate", "balance": [1.0, 3.0], "labels": False, "weight": [["birds-split0", 0.5]],
+        "seed": 0, "epochs": 2, "heads": ["birds-split0"], "threads": 2, "versions": {},
+        "store": {"recipe": {"size": 32}, "views": 4, "images": "digest", "generalist": "broad",
+                  "teachers": {"broad": "digest", "birds-split0": "digest"}},
+        "lineage": {"proxy": "photos", "teachers": {"birds-split0": teacher}},
+    } | changes  # fmt: skip
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_the_lineage_of_a_student(tmp_path):
+    facts = origin(config_of(tmp_path / "one"))
+    assert (facts["name"], facts["method"], facts["teachers"]) == ("one", "consolidated", ["birds-split0"])
+    lineage = facts["lineage"]
+    assert (lineage["seed"], lineage["proxy"], lineage["balance"], lineage["labels"]) == (0, "photos", "1:3", False)
+    assert [teacher["task"] for teacher in lineage["teachers"]] == ["birds"]
+    other = {"task": "birds", "split": "t", "split_seed": 1, "architecture": "torchvision:resnet18"}
+    repeated = config_of(
+        tmp_path / "two", seed=1, threads=1, heads=["birds-split1"], weight=[["birds-split1", 0.5]],
+        store={"recipe": {"size": 32}, "views": 4, "images": "digest", "generalist": "broad",
+               "teachers": {"broad": "digest", "birds-split1": "another"}},
+        lineage={"proxy": "photos", "teachers": {"birds-split1": other}},
+    )  # fmt: skip
+    assert origin(repeated)["lineage"]["recipe"] == lineage["recipe"]
+    for k, change in enumerate(({"epochs": 3}, {"weight": None}, {"temperature": 1.0})):
+        assert origin(config_of(tmp_path / f"other{k}", **change))["lineage"]["recipe"] != lineage["recipe"]
+    former = config_of(tmp_path / "former", lineage=None)
+    assert "lineage" not in origin(former)
+
+
+def test_what_a_teacher_was_taught(tmp_path):
+    data = {"task": "cars:t", "train": ["cars"], "split": "t2/5", "split_seed": 3}
+    (tmp_path / "config.json").write_text(json.dumps({"command": "teach", "data": data, "seed": 5, "lr_grid": [0.1]}))
+    assert taught(f"{tmp_path}?size=64") == {"task": "cars", "split": "t2/5", "split_seed": 3}
+    assert origin(str(tmp_path))["lineage"]["seed"] == 5
+    assert taught("torchvision:resnet18@random") == {}
+    assert origin("torchvision:resnet18@random").get("lineage") is None

@@ -144,6 +144,15 @@ def test_sums_that_arrive_late_make_the_same_rows(store_path, trained, tmp_path,
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_says_where_it_comes_from(trained):
+    lineage = json.loads((trained / "config.json").read_text())["lineage"]
+    about = lineage["teachers"]["letters"]
+    assert lineage["proxy"] == "store"
+    assert (about["task"], about["split"], about["split_seed"]) == ("letters", "none", 0)
+    assert about["architecture"].startswith("torchvision:")
+    assert "general" not in lineage["teachers"]
+
+
 def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_path):
     def poke(done, total):
         if done == 5:
