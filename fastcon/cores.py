@@ -1,4 +1,4 @@
-"""The cores of this machine, which other fastcon processes may want too: how many there are, and whose turn it is.
+"""The cores of this machine, shared with other fastcon processes: how many there are, and whose turn it is.
 
 Two training processes of two threads each on the same two cores make a tenth of the progress of one: a step has
 hundreds of short parallel regions, and in each of them a thread waits, spinning, for one that sits behind the other
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 PATIENCE = 30.0
-"""Seconds after which a process goes on without its turn: whoever has it may be suspended. It then waits no more for it."""
+"""Seconds after which a process proceeds without its turn, as the holder may be suspended; it then stops waiting for it."""
 POLL = 0.0005
 
 
 def cores() -> int:
-    """The cores this process may use: those of its affinity, as far as a quota of its cgroup goes."""
+    """The cores this process may use: those of its affinity, limited by its cgroup's quota."""
     return max(1, min(len(os.sched_getaffinity(0)), round(min(quota(), 1 << 16))))
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, as by whoever shares cores out among jobs; else one per core."""
+    """OMP_NUM_THREADS where it is set, as job schedulers do; else one per core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) else cores()
 
@@ -91,7 +91,7 @@ class Cores:
         self._files: list[int] = []
         self._turns: list[tuple[int, int]] = []
         self._stuck: set[int] = set()
-        """Locks that whoever holds them did not let go of in time."""
+        """Locks whose holders did not release them in time."""
 
     def __enter__(self) -> Cores:
         import torch
@@ -99,7 +99,7 @@ class Cores:
         self._before = torch.get_num_threads(), os.sched_getaffinity(0)
         torch.set_num_threads(self.threads)
         if self._shared:
-            with contextlib.suppress(OSError):  # nowhere to meet: every process for itself
+            with contextlib.suppress(OSError):  # no folder for locks: every process for itself
                 self._folder.mkdir(mode=0o700, exist_ok=True)
                 there = sorted(self._before[1])
                 mine = there if self.threads >= len(there) else self._choose(there)
@@ -118,7 +118,7 @@ class Cores:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Compute while no other fastcon process does on these cores; for one thread of a process at a time."""
+        """Compute while no other fastcon process does on these cores; one thread of a process at a time."""
         held = []
         asked = time.monotonic()
         deadline = asked + PATIENCE
@@ -126,7 +126,7 @@ class Cores:
             if self._get(queue, deadline):
                 if self._get(core, deadline):
                     held.append(core)
-                fcntl.flock(queue, fcntl.LOCK_UN)  # whoever waits for the core stands first in line for it
+                fcntl.flock(queue, fcntl.LOCK_UN)  # a waiting process is first in line for the core
         self.waited += time.monotonic() - asked
         try:
             yield
@@ -167,7 +167,7 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     def begin() -> None:
         torch.set_num_threads(1)  # this thread's; PyTorch also takes it as the default of threads to come,
         torch.get_num_threads()  # and a thread looks that default up when it first asks
-        with contextlib.suppress(threading.BrokenBarrierError):  # the caller is on its way out already
+        with contextlib.suppress(threading.BrokenBarrierError):  # the caller is already leaving
             started.wait()
 
     own = torch.get_num_threads()

@@ -1,8 +1,8 @@
-"""The whole story on images that fastcon renders itself, through the ordinary commands.
+"""The whole pipeline on images that fastcon renders itself, through the ordinary commands.
 
-A generalist learns a broad mix, a teacher the t-split of the glyphs; their logits over an unlabelled proxy go into a
+A generalist learns a broad mix, a teacher learns the t-split of the glyphs; their logits over an unlabelled proxy go into a
 store, three students come out of it, and 5-shot probes on classes that nobody was trained on say whose features
-transfer. The result is what it is: no figure is fixed.
+transfer. No figure is fixed in advance.
 """
 
 from __future__ import annotations

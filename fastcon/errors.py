@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 class FastconError(Exception):
-    """Something the user can mend: the message names both sides and the way out, on one line."""
+    """An error the user can fix: the message names both sides and the way out, on one line."""
 
 
 class UsageError(FastconError):
-    """An option that cannot be: the command line exits with 2 for it."""
+    """An invalid option: the command line exits with 2 for it."""
 
 
 class Interrupted(FastconError):

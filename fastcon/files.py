@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, and the folder where derived files are kept."""
+"""Files that are complete or absent, JSON, and the folder where derived files are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastcon.errors import FastconError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, whole."""
+    """Write a file so that a crash at any moment leaves either the old or the new one, complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -31,12 +31,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON, completely or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder last."""
+    """Make a rename in a folder survive a crash."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -53,7 +53,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def remembered(kind: str, case: list[Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `measure` found of a case before, read from the cache, else measured now and kept there where that is possible."""
+    """The result of `measure` for a case: from the cache if it was measured before, else measured now and cached if possible."""
     path = cache_folder(kind) / f"{hashlib.sha256(json.dumps(case).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return {name: float(value) for name, value in json.loads(path.read_text())["measured"].items()}
@@ -65,7 +65,7 @@ def remembered(kind: str, case: list[Any], measure: Callable[[], dict[str, float
 
 
 def derived(path: Path, make: Callable[[Path], None]) -> Path:
-    """A file or folder that follows from others: made by `make(partial)` and renamed into place, unless it is there.
+    """A file or folder derived from others: made by `make(partial)` and renamed into place, unless it is there.
 
     Processes that make the same one at once do not disturb each other: the first to finish wins. Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""What a store or a run is, in a screen."""
+"""A store or a run, described on one screen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAITS = ("pixels", "logits", "turns", "host")
 
 
 def describe(path: str) -> tuple[dict[str, Any], str]:
-    """Facts and a text about a STORE or a RUN. Raises FastconError for anything else."""
+    """Facts about a STORE or a RUN, and the same as text. Raises FastconError for anything else."""
     if (Path(path) / "config.json").is_file():
         return _run(Path(path))
     if "://" in path or (Path(path) / "zarr.json").is_file():
@@ -128,13 +128,13 @@ def _waits(path: Path) -> dict[str, Any] | None:
 
 
 def diagnosis_of(run: str) -> list[str]:
-    """What the time of a finished run went to, and what to change."""
+    """Where the time of a finished run went, and what to change."""
     waits = _waits(Path(run))
     return diagnosis(waits, json.loads(Path(run, "config.json").read_text())) if waits else []
 
 
 def diagnosis(waits: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """What a run's time went to, and what to change: the largest wait above a tenth, else the step itself."""
+    """Where a run's time went, and what to change: the largest wait above a tenth, else the step itself."""
     remedies = {
         "pixels": "`threads` for as many decoding threads as there are cores"
         + ("" if config["store"]["recipe"].get("bake") else "; precompute with `bake`, to decode small views"),

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 LOADERS = ("dali", "torchvision")
 WORTH = 1.1
-"""Times as fast, at least, that something must be to be preferred to what is finer, plainer or already chosen."""
+"""Least speed-up at which something is preferred to what is finer, plainer or already chosen."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # it takes no more
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # its maximum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Machine(Options):
 
     @property
     def target(self) -> torch.device:
-        """The device. Raises FastconError for a GPU that is not there."""
+        """The device. Raises FastconError for a GPU that does not exist."""
         return choose_device(self.device)
 
     @property
@@ -61,7 +61,7 @@ class Machine(Options):
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[Cores]:
-        """What a stage computes in, forward and backward: its cores, and float32 that is no TF32 on a GPU."""
+        """The context of a stage's forward and backward passes: its cores, and true float32 (no TF32) on a GPU."""
         with Cores(self.threads, self.target) as cores, _without_tf32(self.target):
             yield cores
 
@@ -109,9 +109,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse what it frees instead of handing it back, for this whole process: for a command to call.
+    """Let glibc reuse what it frees instead of handing it back, for the whole process; meant for commands.
 
-    Activations of a batch are megabytes that come and go with every layer, and fresh pages of the system cost more than
+    Activations are megabytes that come and go with every layer, and fresh pages from the system cost more than
     filling them. Does nothing where there is no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -122,13 +122,13 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _without_tf32(device: torch.device) -> Iterator[None]:
-    """Let cuDNN's float32 convolutions round to float32, not to TF32's 10 bits; a process-wide switch, put back after."""
+    """Let cuDNN's float32 convolutions round to float32, not to TF32's 10 bits; a process-wide switch, restored afterwards."""
     import torch
 
     cudnn = torch.backends.cudnn
     try:
         before = cudnn.allow_tf32
-    except RuntimeError:  # set by the newer switches, which this one does not mix with: theirs to choose
+    except RuntimeError:  # set through the newer switches, which do not mix with this one: leave them alone
         before = False
     if device.type != "cuda" or not before:
         yield

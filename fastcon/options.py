@@ -32,7 +32,7 @@ class Rule:
     text: str | None = None
     """The default as the command line shows it, where it is parsed from text."""
     many: bool = False
-    """Whether it is given any number of times, each of which is parsed."""
+    """Whether it may be repeated; each value is parsed."""
     both: bool = False
     """Of a yes or no: whether the command line has a flag for either."""
 
@@ -50,7 +50,7 @@ def rules(cls: type[Options]) -> dict[str, tuple[dataclasses.Field[Any], Rule]]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Base of classes of options. Raises UsageError, naming the option, for a value that it cannot have."""
+    """Base class of options. Raises UsageError, naming the option, for an invalid value."""
 
     def __post_init__(self) -> None:
         for name, (field, rule) in rules(type(self)).items():
@@ -70,12 +70,12 @@ class Options:
 
 
 def take(cls: type[T], given: dict[str, Any]) -> T:
-    """Make a `cls` of those of the `given` options that are its own; they are removed from the dictionary."""
+    """Make a `cls` from those of the `given` options that belong to it; they are removed from the dictionary."""
     return cls(**{name: given.pop(name) for name in rules(cls) if name in given})
 
 
 def refuse(given: Mapping[str, Any], *classes: type[Options]) -> None:
-    """Raise UsageError for options that no class took."""
+    """Raise UsageError for options that belong to no class."""
     for name in given:
         close = difflib.get_close_matches(name, [known for cls in classes for known in rules(cls)], 1)
         raise UsageError(f"no option `{name}`" + (f": did you mean `{close[0]}`?" if close else ""))
@@ -113,7 +113,7 @@ def _check(name: str, value: Any, rule: Rule) -> None:
             return
         inside = (
             isinstance(number, int | float)
-            and number == number  # NaN is nowhere
+            and number == number  # NaN fails every comparison
             and not (rule.low is not None and (number < rule.low or (rule.above and number == rule.low)))
             and not (rule.high is not None and (number > rule.high or (rule.below and number == rule.high)))
         )

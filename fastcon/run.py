@@ -63,7 +63,7 @@ class Run:
         self.forget_checkpoints()
 
     def forget_checkpoints(self) -> None:
-        """Remove them, when what they led to is written."""
+        """Remove them, once their result is written."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     @property
@@ -95,14 +95,14 @@ class Run:
 
 
 def recorded(out: str | os.PathLike[str], key: str) -> Any:
-    """What the run in a folder began with, for what is settled once; None where there is no run."""
+    """A value that the run in a folder began with and keeps; None where there is no run."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads(Path(out, CONFIG).read_text()).get(key)
     return None
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line; `position` and `truncate` let a resumed run leave no gap and no double."""
+    """metrics.jsonl, one JSON object per line; `position` and `truncate` let a resumed run leave no gap and no duplicate."""
 
     def __init__(self, path: Path, position: int = 0) -> None:
         self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
@@ -186,7 +186,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions a result depends on."""
+    """The versions that a result depends on."""
     found = {"python": platform.python_version()}
     for name in ("fastcon", "torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numpy", "scikit-learn", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

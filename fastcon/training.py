@@ -26,12 +26,12 @@ from fastcon.run import recorded
 
 KEEP = 2
 FORMAT = 2
-"""Of checkpoints; those of another format are passed over."""
+"""Checkpoint format; checkpoints of another one are skipped."""
 ROUNDS = 3
 TRIED = 32
-"""Images of a batch that are tried, at most: ratios of larger ones hardly differ, and take long."""
+"""Most images per batch to measure with: larger batches give nearly the same ratios and take long."""
 ENOUGH = 5.0
-"""Seconds after which what was measured so far decides."""
+"""Seconds after which the measurements so far decide."""
 AMPERE = (8, 0)
 """The first compute capability of NVIDIA with bfloat16 in hardware."""
 
@@ -68,9 +68,9 @@ def _faster(network: Classifier, batch_size: int, machine: Machine) -> str:
 
 
 def step_seconds(network: Classifier, cases: dict[str, tuple[Tensor, str]], cores: Cores) -> dict[str, float]:
-    """Seconds an image of a forward and a backward pass, for each case: (uint8 [B, 3, size, size], precision).
+    """Seconds per image of a forward and a backward pass, for each case: (uint8 [B, 3, size, size], precision).
 
-    The least of up to ROUNDS rounds, interleaved, after one to warm up. Changes gradients and, where they are trained,
+    The minimum of up to ROUNDS interleaved rounds, after one to warm up. Changes gradients and, where they are trained,
     running statistics.
     """
     best = dict.fromkeys(cases, math.inf)
@@ -100,9 +100,8 @@ def _step(network: Classifier, pixels: Tensor, precision: str, cores: Cores) -> 
 
 
 class Loop:
-    """The state of a training loop, which takes steps and can be saved after any of them.
-
-    Resumed, it goes on as if it had never stopped: on a CPU to the last bit.
+    """The state of a training loop, which can be saved after any step. Resumed, it continues as if it had never
+    stopped: on a CPU to the last bit.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Loop:
         self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
 
     def begin(self, seed: int) -> dict[str, Any] | None:
-        """Go on from the newest checkpoint: returns what else was saved with it. Without one, seed the random state."""
+        """Continue from the newest checkpoint and return what else was saved with it; without one, seed the random state."""
         state = newest(self._folder)
         if state is None:
             torch.manual_seed(seed)
@@ -128,7 +127,7 @@ class Loop:
         return state["more"]
 
     def update(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss."""
+        """One optimizer step on a loss."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -136,11 +135,11 @@ class Loop:
         self.step += 1
 
     def due(self) -> bool:
-        """Whether it is time for another checkpoint."""
+        """Whether the next checkpoint is due."""
         return time.monotonic() - self._saved > self._seconds
 
     def save(self, more: dict[str, Any]) -> None:
-        """Write a checkpoint, with whatever else the loop must know when it goes on."""
+        """Write a checkpoint, with whatever else the loop needs to continue."""
         state = {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -217,7 +216,7 @@ def _rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go on from a state that `_rng_state` returned."""
+    """Restore a state that `_rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -85,7 +85,7 @@ class Segments:
 
 
 class QuantisedLogits(NamedTuple):
-    """Logits at one byte a class: z = offset - scale * code^2, with one offset and scale a row and head."""
+    """Logits at one byte per class: z = offset - scale * code^2, with one offset and scale per row and head."""
 
     codes: Tensor
     """uint8 [B, >= sum C]."""
@@ -99,7 +99,7 @@ class QuantisedLogits(NamedTuple):
 
 
 class MultiHeadLoss(NamedTuple):
-    """What `multihead_cross_entropy` returns; only `total` carries a gradient."""
+    """The result of `multihead_cross_entropy`; only `total` carries a gradient."""
 
     total: Tensor
     """Scalar: mean over rows, sum over heads with lambda."""
@@ -118,7 +118,7 @@ def multihead_cross_entropy(
     """Weighted soft-target cross-entropy over all heads (arXiv 2107.08039, Eq. 1 and 2; no T^2 factor).
 
     student: [B, >= sum C] float16, bfloat16, float32 or float64, the tensor that gets the gradient.
-    teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which no tensor of floats is made of.
+    teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which are never expanded to floats.
     impl: "torch", "triton" or None to choose by device. "triton" never waits for a GPU once the first call has put the
     segment table there; "torch" keeps memory from call to call, which is not for CUDA graphs.
     Raises ValueError for shapes that do not fit the table.
@@ -190,7 +190,7 @@ def losses_and_gradient_torch(
 
 
 BLOCK = 1 << 20
-"""Elements that the twin takes at a time: bounds its memory."""
+"""Elements that the twin handles at a time: bounds its memory."""
 
 _kept = threading.local()
 
@@ -204,7 +204,7 @@ def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.devic
     key = (segments, rows, dtype, device)
     if key in plans:
         return plans[key]
-    with torch.inference_mode(False):  # or none of it could be used outside of it later
+    with torch.inference_mode(False):  # else it could not be used outside later
         blocks = []
         for heads in segments.alike:
             width = segments.widths[heads.start] * (heads.stop - heads.start)
@@ -213,7 +213,7 @@ def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.devic
         needed = max((4 * (block.stop - block.start) * width for _, block, width in blocks), default=0)
         memory = vars(_kept).get((dtype, device))
         if memory is None or len(memory) < needed or len(plans) >= 16:
-            plans.clear()  # so that no memory is held that has become too small
+            plans.clear()  # so that buffers that have become too small are freed
             memory = vars(_kept)[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
         weights = (segments.on(device)[1][:, 0].to(dtype) / max(rows, 1)).repeat(rows)
         plans[key] = [_Part(segments, heads, block, memory) for heads, block, _ in blocks], weights

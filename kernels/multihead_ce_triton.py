@@ -22,13 +22,14 @@ LARGEST_BLOCK = 4096
 """Columns that a program holds at once. Wider heads are walked, by so few programs at a time (4 or 5, of 4 warps, on
 each multiprocessor) that what they read lies in a GPU's 50 MB of L2 when they come back for the gradient."""
 MANY = 1024
-"""Programs that fill a GPU: from then on one warp takes 1,024 columns, 32 a lane, which costs the fewest instructions a
-column; where they are fewer, four warps share them, as nothing else would fill the time that one waits."""
+"""Programs that fill a GPU: from then on one warp takes 1,024 columns, 32 per lane, which costs the fewest
+instructions per column; where they are fewer, four warps share them, as nothing else would fill the time that one
+waits."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1e30)
-"""The logit of a column that is not there: finite, as its probability of zero is multiplied with it."""
+"""The logit of a column outside the head: finite, as it is multiplied by a probability of zero."""
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-@functools.lru_cache(64)  # a step has no time to work it out again
+@functools.lru_cache(64)  # too slow to derive in every step
 def launch(segments: Segments, rows: int, strides: tuple[int, ...]) -> dict[str, Any]:
     """How the kernel is compiled and launched for logits [rows, >= sum C] of these strides."""
     widest, many = triton.next_power_of_2(max(segments.widths)), rows * len(segments.widths) >= MANY

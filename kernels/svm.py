@@ -7,7 +7,7 @@ Objective of each class, as liblinear's (with the intercept as one more, penalis
 Newton's method on the support set (Keerthi & DeCoste, JMLR 2005, in the span of the rows: Chapelle, Neural
 Computation 2007): with support S, (K_SS + I / 2C) beta_S = y_S and beta = 0 elsewhere. Float32 finds the support:
 where it is large by conjugate gradients, all classes in one product, preconditioned with the few large eigenvalues
-that features have in common; where it is small by a Cholesky factor a class. Float64 finishes what is not certified
+that features have in common; where it is small by one Cholesky factor per class. Float64 finishes what is not certified
 then. Every solution comes with its duality gap.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 GAP = 1e-4
 """Relative duality gap that a solution must reach."""
-_GAP_AIM = 1e-5  # what we stop at
+_GAP_AIM = 1e-5  # where the solver stops
 _STEPS = 100
 _STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
@@ -167,7 +167,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) ->
     result, problems = Solution(beta.clone(), point.gap.clone()), torch.arange(len(beta), device=beta.device)
     for _ in range(steps):
         more = ~(point.gap <= _GAP_AIM)  # also where it is not a number
-        if not bool(more.all()):  # those that are finished leave
+        if not bool(more.all()):  # finished problems leave
             result.beta[problems], result.gap[problems] = point.beta, point.gap
             still = more.nonzero()[:, 0]
             problems, signs, point = problems[still], signs[still], point.of(still)
@@ -184,7 +184,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) ->
         before = point.gap
         point = _line_search(matrix, signs, cost, point, kept + step, torch.addmm(kept_scores, step, matrix))
         if single and not bool((point.gap < before / 2).any()):
-            break  # as far as float32 goes
+            break  # float32 goes no further
     result.beta[problems], result.gap[problems] = point.beta, point.gap
     return result
 
@@ -218,7 +218,7 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
 def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -> Tensor:
     """(K + I/2C)_SS x = right over each problem's support, to a hundredth of the residual; zero elsewhere.
 
-    Preconditioned with (F F^T + tau I)_SS, by Woodbury's formula from one r x r system a problem.
+    Preconditioned with (F F^T + tau I)_SS, by Woodbury's formula from one r x r system per problem.
     """
     matrix, factor = gram.rough, gram.factor
     rank = factor.shape[1]
@@ -229,7 +229,7 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
     inner.diagonal(dim1=1, dim2=2).add_(tau)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
 
-    def precondition(r: Tensor) -> Tensor:  # times tau, which conjugate gradients do not feel
+    def precondition(r: Tensor) -> Tensor:  # times tau, which conjugate gradients are invariant to
         inside = torch.bmm(inverse, (r @ factor)[..., None])[..., 0]
         return torch.addcmul(r, inside @ factor.T, mask, value=-1)
 
@@ -314,7 +314,7 @@ class _Leading:
     def __init__(self, basis: Tensor, inner: Tensor, rest: Tensor) -> None:
         """basis: orthonormal [r, d + 1]. inner: 2C of its part of X^T M X [K, r, r]. rest: the others' mean [K]."""
         diagonal = inner.diagonal(dim1=1, dim2=2)
-        diagonal.add_(1 + 1e-6 * diagonal.sum(1, keepdim=True))  # what rounding took, so that the factor exists
+        diagonal.add_(1 + 1e-6 * diagonal.sum(1, keepdim=True))  # makes up for rounding, so that the factor exists
         self._basis, self._rest = basis, rest[:, None]
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
 

@@ -49,7 +49,7 @@ TAKES = {
     "store": ("store",),
     "device": ("kernel", "loader", "train", "probe"),
 }
-"""Which benchmarks take an option."""
+"""The benchmarks that take an option."""
 
 
 def run(what: str, say: Say, given: dict[str, Any]) -> list[Row]:
@@ -82,7 +82,7 @@ def results_folder() -> Path | None:
 
 
 def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every variant in turn, `rounds` times over, after one call each to warm up; what each returned."""
+    """Call every variant in turn, `rounds` times, after one call each to warm up; returns their results."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, variant in variants.items():

@@ -20,7 +20,7 @@ from fastcon.store.pixels import decode_samples
 from fastcon.store.writer import open_for_writing, set_samples
 
 RENDERED = 256
-"""Different photos that are rendered at most."""
+"""Most distinct photos to render."""
 
 
 def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
@@ -44,7 +44,7 @@ def photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Pat
 
 
 def image_files(images: Sequence[str], scratch: Path, count: int, width: int, height: int) -> list[Path]:
-    """`count` files in scratch/photos: those of `images`, taken out of tars, or rendered ones; few come several times over."""
+    """`count` files in scratch/photos: those of `images`, taken out of tars, or rendered ones; if there are few, they repeat."""
     folder = scratch / "photos"
     if images:
         manifest = index(list(images))
@@ -91,7 +91,7 @@ def store_of(
 
 
 def manifest_of(rows: int) -> Manifest:
-    """A manifest of images that are nowhere: for stores whose pixels nobody looks at."""
+    """A manifest of images that do not exist: for stores whose pixels are never read."""
     ids: NDArray[np.uint64] = np.arange(rows, dtype=np.uint64)
     side = np.full(rows, 64, dtype=np.int32)
     zeros = np.zeros(rows, dtype=np.int64)

@@ -71,7 +71,7 @@ def bench(
 
 
 def _tried(what: str, say: Say, make: Callable[..., T], *arguments: Any) -> list[T]:
-    """What `make` makes of the arguments; nothing, and why, where that does not work here."""
+    """The result of `make`; None where it does not work here, with the reason printed."""
     try:
         return [make(*arguments)]
     except Exception as error:
@@ -96,7 +96,7 @@ def _fused(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
 
 
 def _loop(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
-    """Eq. 1 as one would write it."""
+    """Eq. 1, written plainly."""
     total = student.new_zeros((), dtype=torch.float32)
     for offset, width, weight, t in zip(
         segments.offsets, segments.widths, segments.weights, segments.temperatures, strict=True
@@ -201,7 +201,7 @@ def _captured(work: Callable[[], object], device: torch.device) -> torch.cuda.CU
                 work()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads do meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads do in the meantime
             work()
         return graph
 
@@ -221,7 +221,7 @@ def _replayed(graph: torch.cuda.CUDAGraph, device: torch.device, times: int = 20
 
 
 def _bandwidth(device: torch.device, dtype: torch.dtype, rounds: int) -> Row:
-    """GB/s of loss and gradient (student in, float16 teacher in, gradient out) against that of a copy of as many bytes.
+    """GB/s of loss and gradient (student in, float16 teacher in, gradient out) against a copy of as many bytes.
 
     What backward does with the gradient, which is to multiply it by a number, is not part of it. Both in a CUDA graph.
     """

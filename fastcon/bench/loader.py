@@ -109,7 +109,7 @@ def _pixels(path: Path, device: torch.device, views: int) -> Iterable[Any]:
 
 
 class _Files(torch.utils.data.Dataset):
-    """As one would write it: open, crop, flip, resize with torchvision; the crops are the store's."""
+    """The plain way: open, crop, flip, resize with torchvision; the crops are the store's."""
 
     def __init__(self, store: Store, files: list[Path], views: int) -> None:
         self._files, self._views = files, [store.view(number) for number in range(views)]

@@ -173,7 +173,7 @@ def _agreement(device: torch.device, say: Say, trials: int = 20) -> list[Row]:
 
 
 def _objectives(x: NDArray, y: NDArray, library: str, count: int) -> Iterator[tuple[float, float]]:
-    """Objective reached by ours and by a library (scikit-learn: tol 1e-8) on sampled problems: a draw, a class and a C each."""
+    """Objectives of ours and of a library (scikit-learn: tol 1e-8) on sampled problems: one draw, class and C each."""
     from sklearn.svm import LinearSVC
 
     random = np.random.default_rng(0)

@@ -211,9 +211,9 @@ def verify(
 @click.argument("teacher")
 @common
 def forget(store: str, teacher: str, json_file: str | None) -> None:
-    """Take a TEACHER's logits out of a STORE, for good.
+    """Remove a TEACHER's logits from a STORE, for good.
 
-    precompute with another MODEL under the same name then replaces it; the generalist may be taken out as well.
+    precompute with another MODEL under the same name then replaces it; the generalist can be removed as well.
 
     \b
     fastcon forget store birds

@@ -16,7 +16,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the 
 
 
 class _Group(click.Group):
-    """Prints fastcon's errors and warnings as one line each, and nothing else of them."""
+    """Prints fastcon's errors and warnings as one line each, and nothing more."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = list(args)  # results say which command made them
@@ -33,7 +33,7 @@ class _Group(click.Group):
         except FastconError as error:
             click.echo(f"fastcon: {flags(str(error))}", err=True)
             ctx.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
-        except BrokenPipeError:  # whoever read the output has seen enough: click ends without a word
+        except BrokenPipeError:  # the reader of the output has closed it: click ends silently
             raise
         except OSError as error:
             click.echo(

@@ -1,4 +1,4 @@
-"""Where `fastcon` begins: the group with all its commands."""
+"""Entry point of `fastcon`: the group with all its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command prints: notes and progress on stderr, results on stdout and as JSON."""
+"""Output of commands: notes and progress on stderr, results on stdout and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def flags(text: str) -> str:
-    """A message in which parameters are named, as `batch_size`, with the flags of the command line instead."""
+    """A message with the parameters it names, as `batch_size`, replaced by the flags of the command line."""
     group = click.get_current_context().find_root().command
     assert isinstance(group, click.Group)
     known = {p.name: p.opts[0] for command in group.commands.values() for p in command.params if p.opts[0][:2] == "--"}
@@ -31,7 +31,7 @@ def note(line: str) -> None:
 
 
 def finish(result: Any, json_file: str | None, text: str = "") -> None:
-    """Print what a command found, and write it where --json says."""
+    """Print a command's results, and write them to the file of --json."""
     if Bar._open is not None:
         Bar._open.close()
     if text:
@@ -61,7 +61,7 @@ class Bar:
     _open: Bar | None = None
 
     def __init__(self, what: str, unit: str) -> None:
-        if Bar._open is not None:  # a new one ends the last
+        if Bar._open is not None:  # a new bar ends the last one
             Bar._open.close()
         Bar._open = self
         self._what, self._unit = what, unit
@@ -70,7 +70,7 @@ class Bar:
         self.seconds = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """So many are done, of so many."""
+        """Report that `done` of `total` are done."""
         now = time.monotonic()
         if sys.stderr.isatty():
             if self._bar is None:
@@ -84,7 +84,7 @@ class Bar:
             click.echo(f"{self._what}: {done:,} of {total:,} {self._unit}, {now - self._start:.0f} s", err=True)
 
     def close(self) -> None:
-        """Take the bar from the terminal; `seconds` says how long it was there."""
+        """Remove the bar; `seconds` says how long it ran."""
         self.seconds = time.monotonic() - self._start
         if self._bar is not None:
             self._bar.close()
@@ -92,7 +92,7 @@ class Bar:
 
 
 def indexer(indexing: Indexing) -> Callable[[Sequence[str]], Manifest]:
-    """Indexes IMAGES with a progress bar, and says what was left out."""
+    """Index IMAGES with a progress bar, and report what was left out."""
 
     def indexed(images: Sequence[str]) -> Manifest:
         from fastcon.data.manifest import index
@@ -118,7 +118,7 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """Seconds, minutes or hours, as fits."""
+    """Seconds, minutes or hours, whichever fits."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

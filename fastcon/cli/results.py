@@ -19,7 +19,7 @@ from fastcon.errors import UsageError
 @click.argument("path")
 @common
 def info(path: str, json_file: str | None) -> None:
-    """What a STORE or a RUN is, in a screen.
+    """Describe a STORE or a RUN on one screen.
 
     \b
     fastcon info store
@@ -33,9 +33,7 @@ def info(path: str, json_file: str | None) -> None:
 @main.command()
 @click.argument("results", nargs=-1)
 @click.option("--out", required=True, help="Folder for the page, its tables and figures.")
-@click.option(
-    "--generalist", default=None, help="Which representation is the generalist that others are compared with."
-)
+@click.option("--generalist", default=None, help="The representation that others are compared with.")
 @click.option("--related", multiple=True, help="TEACHER=TASK that counts as related, besides the teacher's own.")
 @click.option("--best", multiple=True, help="NAME=LABEL,LABEL,… one row more: the best of these on its related tasks.")
 @click.option(
@@ -168,7 +166,7 @@ def study(
     if not dry_run and out is None:
         raise UsageError("a study needs --out FOLDER (or --dry-run)")
     planned = stage.load(file, overlays, data_folder, only)
-    for job in planned.jobs:  # a wrong option is said now, not after hours
+    for job in planned.jobs:  # a wrong option fails now, not after hours
         main.commands[job.command[0]].make_context(job.command[0], list(job.command[1:]), resilient_parsing=False)
     if dry_run:
         facts, text = stage.describe(planned, choose_device(device), note, rate)
@@ -184,7 +182,7 @@ def study(
 @click.option("--out", default="demo", show_default=True, help="Folder for everything it makes.")
 @common
 def demo(out: str, json_file: str | None) -> None:
-    """The whole story on images that fastcon renders itself: teachers, store, students, probes, table and figure.
+    """The whole pipeline on images that fastcon renders itself: teachers, store, students, probes, table and figure.
 
     \b
     fastcon demo --out demo
@@ -198,7 +196,7 @@ def demo(out: str, json_file: str | None) -> None:
             result.unlink(missing_ok=True)
             code = main.main([*args, "--json", str(result)], standalone_mode=False)
             if code:
-                raise SystemExit(code)  # its one line is printed already
+                raise SystemExit(code)  # its error line is printed already
             return json.loads(result.read_text())
 
         finish(run(out, command, click.echo), json_file)

@@ -1,7 +1,7 @@
 """The one decode path: encoded bytes and crop boxes → uint8 RGB batches, for precompute, train and probe alike.
 
 A DALI graph does it with `mixed` decoding on a GPU; without one it decodes on the CPU and PyTorch resizes.
-`loader="torchvision"` is its twin where DALI is not to be had, and the oracle of its test.
+`loader="torchvision"` is its twin where DALI is not available, and the oracle of its test.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIXED = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 """Of the decoder on a GPU. Colours are upsampled as on the CPU: else pixels of 4:2:0 photos differ by about 0.5 of 255. No share
 for the hardware decoder: on Hopper it was seen to write out of stream order (torchcodec issue 1634)."""
 AT_ONCE = 1 << 28
-"""Pixels of whole images that are decoded at a time, about 0.8 GB: 128 photos of 12 megapixels would take 4.6, thrice over."""
+"""Most pixels of whole images decoded at a time, about 0.8 GB: 128 photos of 12 megapixels would take three times 4.6 GB."""
 TOGETHER = 256
 """Baked views that are decoded at a time: up to 8 smaller batches of them are joined."""
 
@@ -70,13 +70,13 @@ Data = NDArray[np.uint8]
 
 
 class Reader(Protocol):
-    """Hands out encoded bytes, checked; from one thread at a time. Raises FastconError for what it cannot find."""
+    """Returns encoded bytes, checked; called from one thread at a time. Raises FastconError for what it cannot find."""
 
     def read(self, indices: Sequence[int]) -> list[Data]:
         """The bytes of some images."""
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Close files and end threads."""
 
 
 class Images(Protocol):
@@ -108,7 +108,7 @@ def decode(
     most = batch_size
     if images.side is not None:  # small images, whose batches are taken together
         most = max(most, min(8 * most, TOGETHER))
-    expected: deque[tuple[list[int], int]] = deque()  # of each group: images of its requests, and in how many parts
+    expected: deque[tuple[list[int], int]] = deque()  # for each group: images of its requests, and in how many parts
 
     def parts() -> Iterator[Request]:
         for group in _grouped(requests, most):
@@ -117,7 +117,7 @@ def decode(
             expected.append(([len(request.indices) for request in group], len(bounds)))
             yield from (whole[bound] for bound in bounds)
 
-    recent: deque[Encoded] = deque(maxlen=8)  # what a failure may be about: all that is on its way
+    recent: deque[Encoded] = deque(maxlen=8)  # a failure may concern any image in flight
     plan = _Plan(sorted(set(sizes)), images.side, most, machine.cores, machine.target, machine.loader)
     with contextlib.ExitStack() as opened:  # which closes the last first
         reader = opened.enter_context(contextlib.closing(images.reader()))
@@ -138,7 +138,7 @@ def decode(
                     batch = {size: together[start : start + count] for size, together in pixels.items()}
                     yield batch
                     start += count
-                del pixels, batch  # whoever used them decides how long they live
+                del pixels, batch  # their lifetime is up to their user
         except _Undecodable as error:
             raise FastconError(_culprit(images, recent, plan) or str(error)) from error
 
@@ -157,7 +157,7 @@ def _bounds(areas: NDArray[np.int64]) -> list[slice]:
 
 
 def hand_over(tensors: Iterable[Tensor], ready: torch.cuda.Event | None) -> None:
-    """Make the current stream wait for tensors that another one fills, and keep their memory until it is done with them."""
+    """Make the current stream wait for tensors that another one fills, and keep their memory until it has used them."""
     if ready is not None:
         for tensor in tensors:
             stream = torch.cuda.current_stream(tensor.device)
@@ -211,7 +211,7 @@ class _Plan:
 
 
 class _Undecodable(Exception):
-    """A batch did not decode; which image it was remains to be found."""
+    """A batch did not decode; it is not known yet which image failed."""
 
 
 def _remembered(encoded: Iterator[Encoded], recent: deque[Encoded]) -> Iterator[Encoded]:
@@ -319,7 +319,7 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Decoded]:
         images = fn.slice(fn.decoders.image(jpegs, **kind), box[:2], box[2:], axes=[0, 1])
         return tuple(fn.flip(resize(images, s), horizontal=flip) for s in sizes)
 
-    own = torch.cuda.Stream(device) if on_gpu else None  # so that decoding never waits for whoever uses the batches
+    own = torch.cuda.Stream(device) if on_gpu else None  # so that decoding never waits for the consumer of the batches
 
     def dense(output: Any) -> Tensor:
         decoded = output.as_tensor()

@@ -97,7 +97,7 @@ def _print(name: str, data: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.ui
 
 
 def _inside(image: Any, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """A box as Pillow takes it, not a rounding error outside the image."""
+    """A box as Pillow takes it, clipped where rounding puts it outside the image."""
     return left, top, min(left + width, image.size[0]), min(top + height, image.size[1])
 
 
@@ -190,7 +190,7 @@ def _crops(grey: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
 
 
 def _normal(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Of mean 0 and norm 1, so that products are correlations; an even picture correlates with none."""
+    """Scaled to mean 0 and norm 1, so that products are correlations; a uniform picture correlates with none."""
     values = grey.astype(np.float32) - grey.mean()
     norm = float(np.linalg.norm(values))
     return values / norm if norm > 1 else np.zeros_like(values)

@@ -32,7 +32,7 @@ from fastcon.errors import FastconError, one_line
 from fastcon.files import cache_folder, derived
 
 FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}
-"""What both decoders read alike (MPO: the JPEG of a camera); anything else is rejected by name."""
+"""Formats that both decoders read alike (MPO: the JPEG of a camera); any other is rejected by name."""
 TIFF_MODES = {"L", "RGB", "RGBA", "CMYK"}
 LARGEST_SIDE = 20_000
 LARGEST_AREA = 100_000_000
@@ -108,7 +108,7 @@ class Manifest:
         return hasher.hexdigest()
 
     def select(self, keep: NDArray[np.intp]) -> Manifest:
-        """The manifest of some of the images, in the order given."""
+        """The manifest of some of the images, in the given order."""
         ends, starts = self.name_ends[keep], np.where(keep > 0, self.name_ends[keep - 1], 0)
         names = [self.names[a:b] for a, b in zip(starts, ends, strict=True)]
         changed = {c: getattr(self, c)[keep] for c in _COLUMNS if c not in ("names", "name_ends")}
@@ -190,7 +190,7 @@ def index(
     if manifest is None:
         manifest = _index(resolved, trust, progress)
         made = manifest
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             shutil.rmtree(folder, ignore_errors=True)  # an entry that could not be loaded
             derived(folder, lambda partial: _save(made, partial))
     if strict and manifest.rejects:
@@ -324,7 +324,7 @@ def _examine(reader: ImageReader, index: int, trust: bool) -> _Found | str:
             if min(width, height) < 1 or max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
                 return f"absurd dimensions {width} x {height}"
             if not trust:
-                image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))  # the whole scan, an eighth of the maths
+                image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))  # the whole scan at an eighth of the work
                 image.load()
     except Exception as error:
         return f"cannot be decoded: {one_line(error, 200).replace('_io.BytesIO object at', '').strip()}"

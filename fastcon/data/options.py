@@ -19,7 +19,7 @@ Index = Callable[[Sequence[str]], "Manifest"]
 
 @dataclasses.dataclass(frozen=True)
 class Indexing(Options):
-    """How images are looked at when they are indexed."""
+    """How images are checked when they are indexed."""
 
     trust_images: bool = option(False, "Read headers only, do not decode every image once.")
     strict: bool = option(False, "Stop if any image cannot be used, instead of leaving it out.")
@@ -41,7 +41,7 @@ class Task(Options):
     )
     split: str = option("none", "All classes, one random half (t or d), or a part of one (t2/5).")
     split_seed: int = option(0, "Seed of hold-out and class split.", low=0)
-    task: str | None = option(None, "What the task is called in reports (default: after the IMAGES).")
+    task: str | None = option(None, "Name of the task in reports (default: after the IMAGES).")
 
     def __post_init__(self) -> None:
         from fastcon.data.splits import parse_split

@@ -17,7 +17,7 @@ def prefetch(items: Iterable[T], depth: int) -> Prefetch[T]:
 
 
 class Prefetch(Iterator[T]):
-    """The iterator behind `prefetch`; `close` ends its thread, an exception there is raised here."""
+    """The iterator behind `prefetch`; `close` ends its thread, an exception in it is raised here."""
 
     _END = object()
 
@@ -65,7 +65,7 @@ class Prefetch(Iterator[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it, but where it is the one that closes: the collector of garbage runs anywhere."""
+        """Stop the thread and wait for it, unless called from that thread (garbage collection may run on any thread)."""
         self._closed.set()
         if self._thread is not threading.current_thread():
             self._thread.join()

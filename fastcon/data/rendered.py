@@ -1,7 +1,7 @@
 """Rendered image data sets for the demo and the tests: fine classes of glyphs, textures and shapes, as JPEG files.
 
-Every class has a prototype (strokes, a weave, an outline) drawn from its seed; its images differ in place, size,
-turn, colours, light and noise. scikit-learn's digits come along as real images of another kind.
+Every class has a prototype (strokes, a weave, an outline) drawn from its seed; its images differ in position, size,
+rotation, colours, light and noise. scikit-learn's digits come along as real images of another kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def glyph(prototype: Random, instance: Random) -> Image.Image:
 
 
 def shape(prototype: Random, instance: Random) -> Image.Image:
-    """A filled outline: a polygon whose radius waves in a way of its class, with a hole in some classes."""
+    """A filled outline: a polygon whose radius oscillates by class, with a hole in some classes."""
     angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     waves = sum(
         prototype.uniform(0.05, 0.3) * np.cos(k * angles + prototype.uniform(0, 6))
@@ -122,7 +122,7 @@ def _ground(instance: Random) -> tuple[Image.Image, tuple[int, ...]]:
 
 
 def _colours(instance: Random) -> np.ndarray:
-    """Two colours that stand out from each other."""
+    """Two contrasting colours."""
     first = instance.uniform(0, 255, 3)
     second = instance.uniform(0, 255, 3)
     while abs(first.mean() - second.mean()) < 70:
@@ -135,7 +135,7 @@ def _inverse(pen: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _placed(points: np.ndarray, instance: Random) -> np.ndarray:
-    """Points in -1 … 1, turned, scaled and moved into the picture."""
+    """Points in -1 … 1, rotated, scaled and moved into the picture."""
     angle, scale = instance.normal(0, 0.15), instance.uniform(0.75, 1.05)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
     return (points @ turn.T + instance.uniform(-0.15, 0.15, 2)) * SIDE * 0.42 + SIDE / 2

@@ -53,7 +53,7 @@ class Listing:
 
 
 def stamp(sources: Sequence[str]) -> str:
-    """A digest of everything that can be seen of the sources without reading bytes: the cache's key."""
+    """The cache key: a digest of everything visible of the sources without reading their bytes."""
     seen = hashlib.sha256()
     for source in sources:
         seen.update(f"\0source {source}\0".encode(errors="surrogateescape"))
@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _settle_classes(listing: Listing, found: dict[str, int]) -> None:
-    """Number the classes in the order of their names; a single one, around everything, is none."""
+    """Number the classes in the order of their names; a single class around everything does not count as one."""
     counts = {stop - start for start, stop in zip([0, *listing.label_ends], listing.label_ends, strict=False)}
     if len(found) < 2:
         del listing.labels[:]

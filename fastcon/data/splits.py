@@ -178,7 +178,7 @@ def drawn(subset: Subset, shots: int, seed: int, trials: int) -> Subset:
 
 
 def alone(subset: Subset) -> Subset:
-    """The subset with a manifest of its own, so that nothing is computed of other images."""
+    """The subset with its own manifest, so that nothing is computed for other images."""
     manifest = subset.manifest.select(subset.indices)
     return dataclasses.replace(subset, manifest=manifest, indices=np.arange(len(subset)))
 
@@ -196,7 +196,7 @@ def fold_of(ids: NDArray[np.uint64], labels: NDArray[np.int64], folds: int, seed
 
 
 def _strata(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What is drawn from evenly [n]: the classes; several labels per image make no strata."""
+    """The strata of a draw [n]: the classes; images with several labels have none."""
     return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""What would make a run's steps faster here: measured on a batch of its own when it is done, not guessed."""
+"""What would make a run's steps faster here, measured on one of its own batches when it is done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastcon.machine import WORTH
 
-if TYPE_CHECKING:  # what was measured is said without PyTorch, which takes seconds to import
+if TYPE_CHECKING:  # reporting what was measured needs no PyTorch, which takes seconds to import
     from torch import Tensor
 
     from fastcon.cores import Cores
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # what was measured is said without PyTorch, which takes seco
 
 
 def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -> dict[str, float]:
-    """Images a second, forward and backward, with the option of that name instead of the run's own ("" is as it ran).
+    """Images per second, forward and backward, with the option of that name instead of the run's own ("" is as it ran).
 
     pixels: a batch, uint8 [B, 3, size, size]. Changes gradients and, where they are trained, running statistics.
     """
@@ -30,7 +30,7 @@ def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -
 
 
 def say(rates: dict[str, float]) -> str:
-    """A line from what was measured."""
+    """The measurements on one line."""
     own = rates[""]
     name, rate = max(rates.items(), key=lambda item: item[1])
     if rate < WORTH * own:

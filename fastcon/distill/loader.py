@@ -1,6 +1,6 @@
-"""Store rows + pixels → one batch: the loader of the training loop, and of anybody else's.
+"""Store rows + pixels → one batch: the loader of the training loop, and of any other.
 
-Rows come in the order in which they lie on disk, so whole chunks are read in sequence. The sequence of batches is
+Rows come in the order of the disk, so whole chunks are read in sequence. The sequence of batches is
 a pure function of (seed, epoch, batch size, lanes): see `Schedule`.
 """
 
@@ -168,7 +168,7 @@ class Loader:
         )
         self.warning = check_pixels(self.store, self.manifest, self.machine, exact_pixels)
         self.waits = {"pixels": 0.0, "logits": 0.0}
-        """Seconds that whoever iterates has waited so far."""
+        """Seconds that the consumer has waited so far."""
 
     def with_heads(self, names: Sequence[str], temperature: float = 2.0) -> Loader:
         """The same batches, with the logits of these teachers."""
@@ -246,7 +246,7 @@ class Loader:
 
 
 class LogitCache:
-    """The last few chunks of each teacher: every lane is inside one, and may just be leaving another."""
+    """The last few chunks of each teacher: every lane is inside one and may be leaving another."""
 
     def __init__(self, store: Store, names: Sequence[str], keep: int) -> None:
         self._store, self._names, self._keep = store, names, keep
@@ -307,14 +307,14 @@ def _tensors(stacked: Tensor | QuantisedLogits, labels: Tensor | None) -> list[T
 
 
 def _as_slice(rows: NDArray[np.integer]) -> slice | NDArray[np.integer]:
-    """Rows that follow each other as a slice, which copies at once; others as they are."""
+    """Consecutive rows as a slice, which copies faster; others as they are."""
     if (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[0]) + len(rows))
     return rows
 
 
 def _manifest(images: Sequence[str] | str | Manifest | None, store: Store) -> Manifest | None:
-    """The images that a store is trained on; None where it holds them itself and none are given."""
+    """The images to train on; None where the store holds baked views and none are given."""
     if isinstance(images, Manifest) or (images is None and store.recipe.bake is not None):
         return images
     if images is None:

@@ -1,4 +1,4 @@
-"""What a student is trained for: which heads, with which weights, at which temperature (Eq. 1 and 2 of the paper).
+"""The objective of a student: which heads, with which weights, at which temperature (Eq. 1 and 2 of the paper).
 
 L = mean over x, sum over heads i of lambda_i * CE(softmax(z_t,i / T), softmax(z_s,i / T)), no T^2 factor.
 """

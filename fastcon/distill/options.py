@@ -1,4 +1,4 @@
-"""What precompute and train can be told. Importing this module imports nothing heavy."""
+"""Options of precompute and train. Importing this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class PrecomputeOptions(Options):
     bake_quality: int | None = option(None, "JPEG quality of baked views (default: 90).", low=1, high=100)
     batch_size: int = option(128, "Images per batch.", low=1)
     compile: str = option(
-        "auto", "Run teachers compiled (default) or as they are; auto: what pays.", choices=("auto", "none", "default")
+        "auto",
+        "Run teachers compiled (default) or as they are (none); auto: whichever is faster overall.",
+        choices=("auto", "none", "default"),
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +117,7 @@ class TrainOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Upkeep(Options):
-    """How a run is looked after, which does not change what is trained."""
+    """Housekeeping of a run, which does not change what is trained."""
 
     compile: str = option(
         "none",
@@ -127,4 +129,4 @@ class Upkeep(Options):
     checkpoint_minutes: float = option(5.0, "Time between checkpoints.", low=0)
     tensorboard: bool = option(False, "Write TensorBoard events too (extra).")
     advise_seconds: float = 60.0
-    """Runs that take longer measure, when they are done, what would make their steps faster."""
+    """Runs that take longer end by measuring what would make their steps faster."""

@@ -1,4 +1,4 @@
-"""Logits on their way from the device: nobody waits for a batch before the next has been given to the device."""
+"""Logits in transit from the device: no batch is waited for before the next one has been launched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Pending:
-    """The raw logits of one batch, in the parts that are stored, and which of its rows are no numbers."""
+    """The raw logits of one batch, as the parts to be stored, and which of its rows are not finite."""
 
     @torch.inference_mode()
     def __init__(self, raw: Tensor, logits: str) -> None:
@@ -24,7 +24,7 @@ class Pending:
         found = codec(logits).encode(raw)
         numbers = [part for part in found.values() if part.is_floating_point()]
         self.dtype = str(numbers[0].dtype).removeprefix("torch.")
-        """Of the first part that holds numbers with a point."""
+        """Of the first part that holds floats."""
         found["finite"] = torch.stack([part.isfinite().all(1) for part in numbers]).all(0)
         self._there: torch.cuda.Event | None = None
         if raw.is_cuda:
@@ -35,12 +35,12 @@ class Pending:
         self._parts = found
 
     def parts(self) -> Parts:
-        """The parts, as soon as they are there."""
+        """The parts, once they have arrived."""
         self._wait()
         return {name: part.numpy() for name, part in self._parts.items()}
 
     def bad_row(self) -> int | None:
-        """The first row with NaN, infinite or overflowing logits, as soon as they are there."""
+        """The first row with NaN, infinite or overflowing logits, once they have arrived."""
         self._wait()
         bad = np.flatnonzero(~self._finite.numpy())
         return int(bad[0]) if len(bad) else None
@@ -51,11 +51,11 @@ class Pending:
 
 
 def one_late(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each when the next has been made: a device then always has something to do."""
+    """The same items, each yielded once the next has been made, so that a device always has work."""
     for item, _ in itertools.pairwise(itertools.chain(items, [None])):
         yield item  # type: ignore[misc]
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
-    """A copy in memory that a GPU writes to without anyone waiting."""
+    """A copy in pinned memory, which a GPU writes asynchronously."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -58,7 +58,7 @@ class Teacher:
 
 
 ENLARGED, BLURRED = 2, 1 / 3
-"""How many times a crop may be enlarged, and how many crops may be enlarged more than that, before it is said."""
+"""By how much a crop may be enlarged, and what share of crops may exceed that, before a warning."""
 LARGER_CROPS = 0.35, 1.0
 """Shares of the area that were better on photos of 72 px at 64 and 96 px: see benchmarks/proof."""
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def precompute(
     compile: str = "auto",
     say: Say = lambda line: None,
 ) -> int:
-    """Fill a store; returns the number of rows computed (0: all were there). progress gets (rows done, rows to do).
+    """Fill a store; returns the number of rows computed (0: nothing was missing). progress gets (rows done, rows to do).
 
     logits: the codec's name. Every teacher is shown the first `view_count` views of each image of the manifest.
     compile: "none", "default" (see `models.frozen`), or "auto", what the store has, else what pays for itself.
@@ -149,7 +149,7 @@ def load_teachers(generalist: tuple[str, str] | None, teachers: Sequence[tuple[s
 def estimate(
     manifest: Manifest, teachers: list[Teacher], options: PrecomputeOptions, views: int, machine: Machine
 ) -> dict[str, Any]:
-    """What a store would cost: images, rows, bytes, and seconds at the rate of a few batches measured here."""
+    """The cost of a store: images, rows, bytes, and seconds at the rate of a few batches measured here."""
     rate, baked = measure(manifest, teachers, options, machine)
     rows, stored = len(manifest) * views, codec(options.logits)
     row_bytes = round(baked + sum(stored.row_bytes(len(t.model.heads[0].classes)) for t in teachers))
@@ -171,12 +171,12 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Measured(NamedTuple):
-    """What the first few batches took here."""
+    """Times of the first few batches here."""
 
     rate: float
-    """Rows a second of decoding, baking and running the teachers."""
+    """Rows per second of decoding, baking and running the teachers."""
     baked: float
-    """Bytes a row of baked views; 0 without."""
+    """Bytes per row of baked views; 0 without."""
 
 
 def measure(manifest: Manifest, teachers: list[Teacher], options: PrecomputeOptions, machine: Machine) -> Measured:
@@ -209,7 +209,7 @@ def measure(manifest: Manifest, teachers: list[Teacher], options: PrecomputeOpti
 def _way(
     store: StoreWriter, teacher: Teacher, machine: Machine, batch_size: int, compile: str, rows: int, say: Say
 ) -> str:
-    """How a teacher is run: as it is said, as its stored rows were made, or as it is faster for `rows`."""
+    """How a teacher is run: as requested, as its stored rows were made, or whichever is faster for `rows`."""
     if compile != "auto":
         return compile
     if teacher.name in store.teachers and store.done(teacher.name).any():
@@ -273,7 +273,7 @@ def fill(
         }
 
         def started() -> Iterator[tuple[Planned, dict[str, Pending]]]:
-            """Every batch, given to all teachers that lack it before anyone waits for the first of them."""
+            """Every batch, launched on all teachers that lack it before the first is waited for."""
             for here, pixels in zip(planned, decoded, strict=True):
                 with cores.turn():
                     batch = {
@@ -300,7 +300,7 @@ def fill(
 
 
 def _joined(batches: list[Parts]) -> Parts:
-    """The parts of batches that follow each other, as those of one."""
+    """The parts of consecutive batches, concatenated."""
     return {part: np.concatenate([batch[part] for batch in batches]) for part in batches[0]}
 
 
@@ -337,7 +337,7 @@ class _Writer:
         return self
 
     def put(self, items: list[tuple[str, int, int, Parts]]) -> None:
-        """Hand over a chunk of every teacher, when the one before is written."""
+        """Hand over a chunk of every teacher, once the previous one is written."""
         self._queue.join()
         self._raise()
         self._queue.put(items)

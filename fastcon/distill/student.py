@@ -22,11 +22,11 @@ from fastcon.store.reader import Store
 
 Say = Callable[[str], None]
 Untrained = tuple[dict[str, Tensor], dict[str, str]]
-"""Weights and metadata of a head 0 that no loss trains."""
+"""Weights and metadata of an untrained head 0."""
 COMPARED = 256
 """Images on which the student is compared with its generalist before the first step."""
 ALIKE = 0.9
-"""Share of them on which the two name the same class, at least, where they are the same network."""
+"""Least share of them on which both predict the same class if they are the same network."""
 
 
 def starting_network(store: Store, student: str | None) -> Classifier:
@@ -53,7 +53,7 @@ def starts_as_generalist(start: Classifier, store: Store) -> bool:
 
 
 class Agreement(NamedTuple):
-    """How far the student, before its first step and as it is trained, is the generalist: means over some images."""
+    """How closely the student agrees with the generalist before its first step, in training mode: means over some images."""
 
     head: str
     images: int
@@ -67,7 +67,7 @@ class Agreement(NamedTuple):
         return {"step": 0, "epoch": 0, "images": self.images, "loss": self.loss, "heads": {self.head: values}}
 
     def warn(self, say: Say, options: TrainOptions) -> None:
-        """Say so where a student that starts with the generalist's head is another network."""
+        """Warn if a student that starts with the generalist's head is not the same function."""
         if self.agreement >= ALIKE:
             return
         modes = {"`batch_norm` running": options.batch_norm == "batch", "no `dropout`": options.dropout}

@@ -37,9 +37,9 @@ class Tally:
         self._batches += 1
 
     def take(self, about: dict[str, Any], reset: bool = True) -> Taken:
-        """Send the sums on their way to the host, where nobody waits for them yet; `reset`: begin anew.
+        """Start copying the sums to the host without waiting; `reset`: begin anew.
 
-        about: what else the row says, its step and epoch among it; to look for NaN in the sums so far the step suffices.
+        about: what else the row holds, its step and epoch among it; to look for NaN in the sums so far the step suffices.
         """
         sums = torch.cat([self._sums.flatten(), self._loss[None]])
         host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=sums.is_cuda)
@@ -53,11 +53,11 @@ class Tally:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Its state for a checkpoint."""
         return {"sums": self._sums, "loss": self._loss, "rows": self._rows, "batches": self._batches}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self._sums.copy_(state["sums"])
         self._loss.copy_(state["loss"])
         self._rows, self._batches = state["rows"], state["batches"]
@@ -74,11 +74,11 @@ class Taken(NamedTuple):
     batches: int
 
     def arrived(self) -> bool:
-        """Whether `row` would not have to wait."""
+        """Whether `row` would return without waiting."""
         return self.event is None or self.event.query()
 
     def row(self) -> dict[str, Any]:
-        """The row: means over the images and, for the loss, over the batches. Waits where it must."""
+        """The row: means over the images and, for the loss, over the batches. Waits if necessary."""
         *sums, loss = self._values()
         heads = {}
         for k, name in enumerate(self.names):

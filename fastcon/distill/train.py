@@ -140,7 +140,7 @@ class Rows:
     def __init__(self, run: Run, total: int, step: int, position: int, tensorboard: bool) -> None:
         self.metrics = Metrics(run.path / "metrics.jsonl", position)
         self.taken: Taken | None = None
-        """The row that is on its way."""
+        """The row in transit."""
         self.last: dict[str, Any] = {}
         self._run, self._total, self._logged = run, total, time.monotonic()
         self._board = _tensorboard(run, step) if tensorboard else None
@@ -239,7 +239,7 @@ def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def _identity(store: Store, names: list[str]) -> dict[str, Any]:
-    """What of a store a run depends on."""
+    """The identity of a store as far as a run depends on it."""
     return {
         "recipe": store.recipe.record(),
         "images": store.record.images.digest,
@@ -250,7 +250,7 @@ def _identity(store: Store, names: list[str]) -> dict[str, Any]:
 
 
 def _lineage(store: Store, path: str, names: list[str]) -> dict[str, Any]:
-    """What results say of where a student comes from: the proxy, after its store, and what its teachers were taught."""
+    """A student's origin, for results: the proxy (named after its store) and what its teachers were taught."""
 
     def of(name: str) -> dict[str, Any]:
         teacher = store.teachers[name]

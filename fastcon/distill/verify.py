@@ -1,6 +1,6 @@
-"""Is a store whole and true? Structure, checksums and digests in full, and a sample of rows computed again.
+"""Is a store intact and correct? Structure, checksums and digests in full, and a sample of rows recomputed.
 
-The sample goes the real way: images → decoded views → teachers, compared with what is stored by KL and argmax.
+The sample takes the real path: images → decoded views → teachers, compared with the stored logits by KL and argmax.
 `repair` computes damaged or missing chunks again.
 """
 
@@ -92,7 +92,7 @@ def verify(
 
 
 def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
-    """Write anew what follows from the record and the images; what remains is to be computed again."""
+    """Rewrite what follows from the record and the images; the rest must be recomputed."""
     with open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
         writer.repair_metadata()
         for number in range(writer.views):
@@ -108,7 +108,7 @@ def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
 
 
 def _mend_samples(store: Store, manifest: Manifest, machine: Machine) -> None:
-    """The sample pixels come from the images, or from baked views: these have been mended by then."""
+    """The sample pixels come from the images, or from baked views, which have been repaired by then."""
     with open_for_writing(store.path, manifest, store.recipe, store.views, {}) as writer:
         if writer.record.samples_digest is not None and _fails(writer.samples):
             writer.repair_samples(decode_samples(writer, manifest, machine))
@@ -277,7 +277,7 @@ def _as_computed(store: Store, name: str, machine: Machine) -> Machine:
 
 
 def _recompute(store: Store, manifest: Manifest, name: str, rows: int, machine: Machine, seed: int) -> Check:
-    """A sample of rows, the real way; what cannot be read or computed any more is a failed check."""
+    """A sample of rows, by the real path; what can no longer be read or computed fails the check."""
     try:
         return _compared(store, manifest, name, rows, machine, seed)
     except FastconError as error:
@@ -319,7 +319,7 @@ def _parts(
     )
     size = teacher.model.size
     decoded = decode(replay.images, requests, [size], batch_size, machine)
-    run = Frozen(teacher.model, machine, batch_size)  # as it is, also where the rows come from it compiled
+    run = Frozen(teacher.model, machine, batch_size)  # uncompiled, even if the rows come from the compiled network
     found = [Pending(run(pixels[size]), record.logits).parts() for pixels in decoded]
     return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
 
@@ -337,7 +337,7 @@ def _compare(stored: torch.Tensor, computed: torch.Tensor, kind: str) -> tuple[f
 
 
 def _require_same_machine(store: Store, manifest: Manifest, machine: Machine, device: str) -> None:
-    """What is written anew must be what was there: the same pixels, on the same kind of device."""
+    """Rewritten rows must equal the former ones: the same pixels, on the same kind of device."""
     if machine.target.type != device:
         raise FastconError(
             f"{store.path} was computed on {device}: repair it with `device` {device}, other devices round differently"
@@ -346,7 +346,7 @@ def _require_same_machine(store: Store, manifest: Manifest, machine: Machine, de
 
 
 def _repair(store: Store, manifest: Manifest, name: str, places: list[bake.Place], machine: Machine) -> None:
-    """Compute a teacher's damaged chunks again."""
+    """Recompute a teacher's damaged chunks."""
     teacher = _teacher(store, name)
     _require_same_machine(store, manifest, machine, str(store.teachers[name].device))
     machine = _as_computed(store, name, machine)

@@ -84,7 +84,7 @@ class Classifier(nn.Module):
         return self.net(pixels.float() * self._scale + self._shift)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the heads are given: float32 [B, D] (a map is averaged over its places)."""
+        """The input of the heads: float32 [B, D] (a feature map is averaged over its positions)."""
         module = self.head_module
         module.bypass = True
         try:
@@ -98,11 +98,11 @@ class Classifier(nn.Module):
         return self.to(device=device).to(memory_format=torch.channels_last)
 
     def learn(self, batch_norm: str, dropout: bool) -> Classifier:
-        """Ready to be trained, with gradients, which `train` alone makes another function of most networks.
+        """Prepare for training; with `train` alone, most networks would become another function.
 
-        batch_norm: "running", every layer that normalises goes on using the statistics that it has, and leaves them as they
-        are; "batch", it uses those of each batch, and averages them. dropout: with what a network leaves out at random
-        (dropout, stochastic depth), as in PyTorch's training mode.
+        batch_norm: "running", every normalising layer keeps using its statistics and leaves them unchanged; "batch",
+        it uses those of each batch, and averages them. dropout: whether dropout and stochastic depth are active, as
+        in PyTorch's training mode.
         """
         self.train(dropout)
         for module in self.modules():
@@ -116,19 +116,19 @@ class Classifier(nn.Module):
         return self
 
     def has_statistics(self) -> bool:
-        """Whether batch-norms hold the statistics of a training, and not those they start with; True without any."""
+        """Whether batch-norms hold learned statistics rather than their initial ones; True without any."""
         found = [value for name, value in self.named_buffers() if name.endswith("running_var")]
         return not found or any(bool((value != 1).any()) for value in found)
 
     def set_size(self, size: int) -> None:
-        """Take images of another side length. Raises FastconError for a network that cannot."""
+        """Accept images of another side length. Raises FastconError for a network that cannot."""
         if size != self.size:
             resize(self.net, size, self.architecture)
             self.size = size
             self.try_once(self.architecture)
 
     def try_once(self, origin: str) -> None:
-        """Run one image through, so that what cannot work fails before anything is written. Raises FastconError."""
+        """Run one image through, so that a network that cannot work fails before anything is written. Raises FastconError."""
         layer, seen, training = self.head_module, [], self.training
         hook = layer.register_forward_hook(lambda module, given, out: seen.append(out))
         pixels = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self._scale.device)
@@ -146,7 +146,7 @@ class Classifier(nn.Module):
         self._check_logits(out, seen, origin)
 
     def _check_logits(self, out: object, seen: list[Tensor], origin: str) -> None:
-        """Whether what the network returns are the logits that its classifying layer makes."""
+        """Whether the network returns the logits that its classifying layer makes."""
         wanted = (1, sum(len(head.classes) for head in self.heads))
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         if found != wanted or not isinstance(out, Tensor):
@@ -190,12 +190,12 @@ class Classifier(nn.Module):
         raise FastconError(f"no head {name!r}: there are {', '.join(head.name for head in self.heads)}")
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """Every parameter that is not a head's."""
+        """All parameters but the heads'."""
         own = {id(p) for p in self.head_module.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
 
     def replace_heads(self, heads: Sequence[Head], *, keep: Mapping[str, int], seed: int) -> None:
-        """Give the network other heads. `keep`: head name → position of the present head whose weights it takes.
+        """Replace the heads. `keep`: head name → position of the present head whose weights it takes.
 
         The rest start at random, as PyTorch initialises such a layer, from `seed`.
         """
@@ -278,7 +278,7 @@ def choose_batch_norm(mode: str, model: Classifier) -> str:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose bytes depend on nothing but its content: the library's own header comes in any order."""
+    """A safetensors file whose bytes depend on its content only: the library's own header has no fixed order."""
     data = save(dict(tensors), metadata=dict(metadata))
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
@@ -289,7 +289,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def head_path(net: nn.Module, origin: str) -> str:
     """Where the classifying layer is: the last Linear, or the last Conv2d of a network without any."""
     found = [name for name, module in net.named_modules() if isinstance(module, Heads)]
-    if not found and hasattr(net, "get_classifier"):  # timm says which it is
+    if not found and hasattr(net, "get_classifier"):  # timm names it
         layer = net.get_classifier()  # type: ignore[operator]
         found = [name for name, module in net.named_modules() if module is layer]
         if not found or not isinstance(layer, nn.Linear | nn.Conv2d):

@@ -1,8 +1,8 @@
-"""A network that is only run, as it is or compiled: PyTorch's Inductor, with the weights frozen in.
+"""A network for inference only, as it is or compiled by PyTorch's Inductor with its weights frozen in.
 
-Compiled, batch-norms are part of the convolutions before them, weights are cast and packed once, and what lies between is
-fused. It takes a compiler (on a CPU, one for C++) and, for each network, some ten seconds. Logits differ by what rounding in
-another order does.
+Compiled, batch-norms are part of the convolutions before them, weights are cast and packed once, and the rest is
+fused. It takes a compiler (on a CPU, one for C++) and, for each network, some ten seconds. Logits differ by rounding
+only.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from fastcon.models.classifier import Classifier
 
 PLAIN, COMPILED = "none", "default"
 LEAST = 120.0
-"""Seconds that a network must have to run as it is, for compiling to be tried."""
+"""Least seconds of plain running at which compiling is tried."""
 ROUNDS = 5
 ENOUGH = 5.0
-"""Seconds after which what was measured so far decides."""
+"""Seconds after which the measurements so far decide."""
 GLANCE = 8
-"""Images that show about how long a network takes."""
+"""Images from which the time of a network is estimated."""
 LARGEST_NUMBER = 1_000
-"""Of compiled networks in a process: beyond its own limit PyTorch would run them as they are, with a warning."""
+"""Most compiled networks per process: beyond its own limit PyTorch would run them uncompiled, with a warning."""
 
 
 class Frozen:
     """A classifier in evaluation mode on a machine: uint8 pixels [B, 3, S, S] → float32 logits [B, C].
 
-    Compiled, it computes batches of one size only; a shorter one is filled up, and what is added is dropped.
+    Compiled, it computes batches of one size only; a shorter one is padded, and the padding is dropped.
     """
 
     def __init__(self, model: Classifier, machine: Machine, batch_size: int, compile: str = PLAIN) -> None:
-        """machine: settled. compile: "none" or "default". batch_size: the largest that will come."""
+        """machine: settled. compile: "none" or "default". batch_size: the largest batch to expect."""
         self._model = model.on(machine.target).eval()
         self._machine, self._batch_size, self.size = machine, batch_size, model.size
         self._run: Callable[[Tensor], Tensor] = self._model
@@ -55,7 +55,7 @@ class Frozen:
             return self._run(pixels)
 
     def seconds(self) -> float:
-        """Seconds an image of a batch that is full, measured once."""
+        """Seconds per image of a full batch, measured once."""
         pixels = self._batch()
         started = time.perf_counter()
         self(pixels)
@@ -69,12 +69,12 @@ class Frozen:
 
     @torch.no_grad()
     def _compiled(self) -> Callable[[Tensor], Tensor]:
-        """Compile at once, not at the first batch. Raises FastconError where that does not work."""
+        """Compile now rather than at the first batch. Raises FastconError where that does not work."""
         full = (
             self._batch()
-        )  # always the same tensor, since another kind of it would be compiled for anew, and not frozen
+        )  # always the same tensor: one with other properties would trigger another compilation, without freezing
         network = torch.compile(folded(self._model), dynamic=False)
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that a CPU is no GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns that a CPU is not a GPU
 
         def run(pixels: Tensor) -> Tensor:
             full[: len(pixels)] = pixels
@@ -82,7 +82,7 @@ class Frozen:
 
         try:
             with (
-                torch._inductor.config.patch(freezing=True),  # as an option of torch.compile it freezes nothing
+                torch._inductor.config.patch(freezing=True),  # passed as an option of torch.compile it has no effect
                 torch._dynamo.config.patch(recompile_limit=LARGEST_NUMBER),
                 self._machine.autocast(),
             ):
@@ -97,7 +97,7 @@ class Frozen:
 
 @torch.no_grad()
 def folded(model: Classifier) -> Classifier:
-    """A copy in which convolutions do what the batch-norms after them did, which then change nothing.
+    """A copy whose batch-norms are folded into the convolutions before them.
 
     In float32, before anything is cast: Inductor alone scales weights that are rounded already, and rounds them again. The
     copy is as it was where logits would change.
@@ -143,7 +143,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 def choose(model: Classifier, machine: Machine, batch_size: int, rows: int, say: Callable[[str], None]) -> str:
     """How to run a network on `rows` images: "default", compiled, where that pays for itself, else "none".
 
-    What was measured is kept for the next time, so that the same work on the same machine is done in the same way.
+    The measurement is cached, so that the same work on the same machine is done in the same way.
     """
     case = [model.architecture, model.size, batch_size, machine.device, machine.precision, machine.cores]
     case += [cpu_name(), torch.__version__]
@@ -160,7 +160,7 @@ def choose(model: Classifier, machine: Machine, batch_size: int, rows: int, say:
         return PLAIN
     try:
         taken = remembered("compiled", case, measure)
-    except FastconError as error:  # no compiler, or a network that it does not take
+    except FastconError as error:  # no compiler, or a network it cannot compile
         say(str(error))
         return PLAIN
     ratio = taken[PLAIN] / taken[COMPILED]
@@ -172,7 +172,7 @@ def choose(model: Classifier, machine: Machine, batch_size: int, rows: int, say:
 
 
 def seconds(variants: dict[str, Frozen], cores: Cores, rounds: int = ROUNDS) -> dict[str, float]:
-    """Seconds an image that each takes: the least of so many rounds, interleaved, after one to warm up."""
+    """Seconds per image of each: the minimum over so many interleaved rounds, after one to warm up."""
     best = dict.fromkeys(variants, math.inf)
     begun = time.monotonic()
     for round_ in range(rounds + 1):

@@ -35,11 +35,11 @@ from fastcon.run import RUN_HEADS, RUN_WEIGHTS
 def load(
     spec: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None, untrained: bool = False
 ) -> Classifier:
-    """Load a MODEL in eval mode, on the CPU, in float32, after one image has gone through it.
+    """Load a MODEL in eval mode, on the CPU, in float32, after running one image through it.
 
     size: input size where neither the spec nor the weights name one (default 224). classes: class names for random weights.
-    untrained: take a spec without weights as one with @random, and weights without a classifier with a random one; else
-    both are errors. A RUN comes with all its heads. Raises FastconError.
+    untrained: take a spec without weights as one with @random, and weights without a classifier with a random one;
+    else both are errors. A RUN is loaded with all its heads. Raises FastconError.
     """
     text = str(spec)
     path, _, query = text.partition("?")
@@ -86,7 +86,7 @@ def from_bytes(data: bytes, origin: str, options: Mapping[str, str] | None = Non
     if "architecture" not in meta:
         raise FastconError(f"{origin} does not say its architecture: give torchvision:NAME@{origin}")
     architecture = meta["architecture"]
-    if architecture.startswith("python:"):  # a data file does not choose code to run
+    if architecture.startswith("python:"):  # a data file must not choose code to run
         raise FastconError(f"{origin} is a network of your own code: give it as {architecture}@FILE")
     return _assemble(architecture, load_safetensors(data), meta, options or {}, None, None, origin)
 
@@ -147,7 +147,7 @@ def _classifies(net: Any) -> bool:
 
 
 def _check_architecture(architecture: str) -> None:
-    """Refuse what names no library, and a torchvision name that is no classifier, before its weights are looked for."""
+    """Refuse a spec without a library, and a torchvision name that is not a classifier, before looking for weights."""
     if not architecture.startswith(("torchvision:", "timm:", "python:")):
         raise FastconError(
             f"{architecture!r} is no model: torchvision:NAME, timm:NAME, python:module:factory, a "
@@ -191,7 +191,7 @@ State = dict[str, Tensor]
 
 
 def _weights(architecture: str, weights: str) -> tuple[State | None, dict[str, str]]:
-    """State dict and metadata of what stands behind '@': nothing, a torchvision enum, or a file."""
+    """State dict and metadata of what follows '@': nothing, a torchvision enum, or a file."""
     if weights in ("", "random"):
         return None, {}
     if weights == "pretrained":
@@ -282,7 +282,7 @@ def _assemble(
     classes: Sequence[str] | None,
     origin: str,
 ) -> Classifier:
-    with torch.random.fork_rng(devices=[]):  # the same random weights for the same spec, whoever asks
+    with torch.random.fork_rng(devices=[]):  # the same random weights for the same spec, always
         torch.manual_seed(_whole(options.get("seed", "0"), "seed", origin))
         if meta.get("pretrained"):
             net, meta = _pretrained_timm(architecture, meta["pretrained"] == "backbone")

@@ -8,7 +8,7 @@ from fastcon.errors import FastconError
 
 
 def built_for(net: nn.Module) -> int | None:
-    """The side length in pixels that a network is built for; None where it takes any."""
+    """The side length in pixels that a network is built for; None if it takes any."""
     given = getattr(net, "image_size", None)  # torchvision's ViT
     if given is None and hasattr(net, "set_input_size"):  # timm's transformers
         given = getattr(getattr(net, "patch_embed", None), "img_size", None)

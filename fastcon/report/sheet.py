@@ -1,4 +1,4 @@
-"""Views as the teachers saw them, with what each teacher says of them: the quickest way to see that a store is sane."""
+"""Views as the teachers saw them, with their predictions: the quickest check that a store is sane."""
 
 from __future__ import annotations
 

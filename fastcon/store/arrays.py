@@ -28,7 +28,7 @@ def open_group(path: str, mode: str) -> Any:
 
 
 def group_at(path: str) -> Any:
-    """The root group where there is one; None where there is nothing. Raises FastconError for a place that cannot be read."""
+    """The root group, or None where there is nothing. Raises FastconError for a place that cannot be read."""
     try:
         return zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError:  # the one error that means "nothing there": any other must not start a new store
@@ -38,10 +38,10 @@ def group_at(path: str) -> Any:
 
 
 def create(group: Any, name: str, here: Layout) -> Any:
-    """Make an array of this layout, in place of one that is there."""
+    """Make an array of this layout, replacing an existing one."""
     return group.create_array(
         name,
-        config={"write_empty_chunks": True},  # a chunk of zeros is no missing chunk
+        config={"write_empty_chunks": True},  # a chunk of zeros is not a missing chunk
         shape=here.shape,
         chunks=tuple(max(c, 1) for c in here.chunks),
         dtype=here.dtype,
@@ -56,9 +56,9 @@ def create(group: Any, name: str, here: Layout) -> Any:
 def existing(group: Any, path: str, expected: Layout) -> Any:
     """An array of a group. Raises some exception where there is none, or its metadata are not those of its layout.
 
-    A first axis that is longer than it must be is a growth that goes on: another process may be adding views.
+    A first axis longer than expected is growth in progress: another process may be adding views.
     """
-    with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros is no missing chunk
+    with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros is not a missing chunk
         array = group[path]
     found, implied = _fields(array.metadata.to_dict()), _fields(_metadata(expected))
     if array.shape[0] > implied["shape"][0]:
@@ -92,7 +92,7 @@ def _fields(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_json(path: Path, expected: bytes) -> bool:
-    """Whether a file says the same, digit by digit; spaces and the order of keys are a version's own.
+    """Whether a file holds the same values; white space and the order of keys may differ between versions.
 
     A first axis that is longer than it must be is a growth that goes on, or was cut off: what it adds is not used.
     """

@@ -1,4 +1,4 @@
-"""How a row of logits is stored: float16 or float32 as it is, one byte a class, or the largest k.
+"""How a row of logits is stored: float16 or float32 as it is, one byte per class, or the largest k.
 
 A codec turns logits [B, C] into its parts, the arrays that a store keeps side by side, and back. Raw logits in every
 case, never probabilities: another temperature stays possible (for `topK` only roughly, see there).
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastcon.errors import FastconError, UsageError
 from fastcon.kernels import STEPS
 
-if TYPE_CHECKING:  # whoever only looks at a store does without PyTorch, which takes seconds to import
+if TYPE_CHECKING:  # inspecting a store should not import PyTorch, which takes seconds
     from torch import Tensor
 
 Parts = dict[str, NDArray[Any]]
@@ -43,7 +43,7 @@ class Codec(abc.ABC):
     name: str
 
     largest_kl = 0.0
-    """Mean KL at T = 2, in nats, that storing may add when equal logits are computed once more, rounding apart."""
+    """Mean KL at T = 2, in nats, that storing may add when the same logits are computed again with other rounding."""
 
     @abc.abstractmethod
     def parts(self, classes: int) -> dict[str, tuple[str, int]]:
@@ -130,7 +130,7 @@ class TopK(Codec):
         return {"logits": ("float16", k + 1), "classes": ("uint16" if classes <= 1 << 16 else "uint32", k)}
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """The largest k, in falling order."""
+        """The largest k, in descending order."""
         import torch
 
         classes = logits.shape[1]

@@ -59,7 +59,7 @@ class Recipe:
     """JPEG quality of the baked views; None: views are cut out of the images whenever they are used."""
 
     def record(self) -> dict[str, Any]:
-        """As it is written into the store."""
+        """As written into the store."""
         return dataclasses.asdict(self) | {"scale": list(self.scale), "ratio": list(self.ratio)}
 
     @classmethod
@@ -103,7 +103,7 @@ class ImagesRecord:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRecord:
-    """Whose logits are stored, and how they were computed; what is None is not recorded."""
+    """Whose logits are stored, and how they were computed; None is not recorded."""
 
     role: str
     """"generalist" or "teacher"."""
@@ -132,7 +132,7 @@ class TeacherRecord:
     weights_bytes: int | None = None
 
     def json(self) -> dict[str, Any]:
-        """As it is written into the store."""
+        """As written into the store."""
         values = dataclasses.asdict(self).items()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values if value is not None}
 
@@ -151,7 +151,7 @@ class TeacherRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """All that a store says of itself."""
+    """Everything a store records about itself."""
 
     recipe: Recipe
     pipeline: dict[str, Any]
@@ -236,7 +236,7 @@ def layout(record: Record) -> dict[str, Layout]:
 
 
 def check_name(name: str) -> None:
-    """Raise FastconError for what cannot name a teacher, and so a folder of the store."""
+    """Raise FastconError for an invalid name of a teacher, which is also a folder of the store."""
     if not NAME.fullmatch(name):
         raise FastconError(
             f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed"
@@ -249,7 +249,7 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def checksum(rows: NDArray[Any], before: int = 0) -> int:
-    """CRC-32C of the rows' bytes in C order, little endian, going on from that of the bytes before them."""
+    """CRC-32C of the rows' bytes in C order, little endian, continuing from that of the bytes before them."""
     return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The decoded pixels of a few rows, kept in every store: whoever uses it decodes them again and compares."""
+"""The decoded pixels of a few rows, kept in every store: every user decodes them again and compares."""
 
 from __future__ import annotations
 

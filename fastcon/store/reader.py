@@ -57,7 +57,7 @@ class Store:
         self._expected: dict[tuple[str, int], NDArray[np.int64]] = {}
         try:
             self._take(Record.parse(record))
-        except Exception as error:  # whole, but by another hand than ours
+        except Exception as error:  # intact, but not written by fastcon
             raise FastconError(
                 f"{self.path} has a malformed record ({one_line(error)}): make the store again"
             ) from error
@@ -166,7 +166,7 @@ class Store:
         return parts
 
     def _checksum(self, name: str, view: int, chunk: int) -> int:
-        """What a chunk must hold; -1: it is not done."""
+        """The recorded checksum of a chunk; -1: not done."""
         if (name, view) not in self._expected or self._expected[name, view][chunk] < 0:
             self._expected[name, view] = self._read(self._path(name, "checksums"), view)
         return int(self._expected[name, view][chunk])
@@ -184,14 +184,14 @@ class Store:
         here = self.layout[array.path]
         rows, width = here.chunks[1:]
         data = np.empty((rows, width), here.dtype)
-        tail = bytearray(5)  # a longer file fills it
+        tail = bytearray(5)  # a file that is too long fills it
         file = os.path.join(self.path, array.path, f"c/{view}/{chunk}/0")
         fd = os.open(file, os.O_RDONLY)
         try:
             whole = os.readv(fd, [data.data, tail]) == data.nbytes + 4
         finally:
             os.close(fd)
-        if not whole:  # a file of another length, or a system that gives only some of it at once
+        if not whole:  # a file of another length, or a short read
             read = np.fromfile(file, dtype=np.uint8)
             if len(read) != data.nbytes + 4:
                 raise FastconError(f"{len(read)} bytes long")
@@ -212,14 +212,14 @@ class Store:
         if expected < 0:
             raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
         try:
-            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of it cost less
+            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slicing it is cheaper
         except (OSError, ValueError) as error:
             raise FastconError(f"{path} is missing or empty: `fastcon verify --repair` bakes it again") from error
         if checksum(data) != expected:
             raise FastconError(f"{path} is damaged: `fastcon verify --repair` bakes it again")
         start, stop = self.chunk_range(chunk)
         found, at = [], 0
-        for _ in range(start, stop):  # the bytes are ours: a header, then the file, in blocks of 512
+        for _ in range(start, stop):  # a tar of our own making: a header, then the file, in blocks of 512
             size = int(data[at + 124 : at + 135].tobytes(), 8)
             found.append(data[at + 512 : at + 512 + size])
             at += 512 + size + -size % 512
@@ -241,7 +241,7 @@ class Store:
         return data.tobytes()
 
     def check_images(self, manifest: Manifest) -> None:
-        """Raise FastconError, naming the first difference, where these are not the store's images."""
+        """Raise FastconError, naming the first difference, if these are not the store's images."""
         if manifest.digest == self.record.images.digest:
             return
         ids, digests = self.image_columns()
@@ -280,10 +280,10 @@ class Store:
         return self._arrays[path]
 
     def _read(self, path: str, index: int | None = None) -> NDArray[Any]:
-        """An array's values. What is damaged raises; what is missing too, but for checksums, which then say "not done"."""
+        """An array's values. Damaged data raise; missing data too, except checksums, which then say "not done"."""
         array, here = self._array(path), self.layout[path]
         try:
-            if here.fill == 0 and not is_url(self.path):  # Zarr would make zeros of them
+            if here.fill == 0 and not is_url(self.path):  # Zarr would return zeros
                 numbers = range(-(-here.shape[0] // here.chunks[0])) if index is None else [index // here.chunks[0]]
                 for number in numbers:
                     os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(here.shape) - 1)))

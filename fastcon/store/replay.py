@@ -1,6 +1,6 @@
-"""Rows of a store → what the decoder is asked for: crops of the images, or the baked views themselves.
+"""Rows of a store → requests to the decoder: crops of the images, or the baked views themselves.
 
-A baked view is a JPEG of recipe.size pixels a side that `bake` wrote into a shard of the store; it is decoded whole.
+A baked view is a JPEG of recipe.size pixels per side that `bake` wrote into a shard of the store; it is decoded whole.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Replay:
             self.images = manifest
 
     def view(self, number: int) -> View:
-        """Order, boxes and flips of a view; the last one asked for is kept."""
+        """Order, boxes and flips of a view; the last one requested is kept."""
         if self._view is None or self._number != number:
-            self._view = None  # its memory goes before the next one's comes
+            self._view = None  # free its memory before the next one takes some
             self._number, self._view = number, self._store.view(number)
         return self._view
 

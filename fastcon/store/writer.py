@@ -1,4 +1,4 @@
-"""A store opened for writing, by one process at a time: made, grown, mended. Its record is written last and at once."""
+"""A store opened for writing, by one process at a time: created, grown, repaired. Its record is written last and at once."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class StoreWriter(Store):
             )
         if name in self.teachers and self.done(name).any():
             self._check_same_teacher(name, record)
-        else:  # nothing of it is stored: a teacher that failed at once may come back mended
+        else:  # nothing of it is stored: a teacher that failed at once may come back fixed
             self._create_teacher(name, record)
         if weights is not None:
             self._write_weights(name, weights)
 
     def forget(self, name: str) -> None:
-        """Take a teacher out: its entry of the record first, at once, and then its arrays. Raises FastconError."""
+        """Remove a teacher: first its entry in the record, atomically, then its arrays. Raises FastconError."""
         if name not in self.teachers:
             there = ", ".join(self.teachers) or "none"
             raise FastconError(f"{self.path} has no teacher {name!r}: there are {there}")
@@ -120,7 +120,7 @@ class StoreWriter(Store):
         checksums[view, chunk] = seen
 
     def repair_view(self, manifest: Manifest, view: int) -> None:
-        """Write the order, boxes and flips of a view anew, where the recipe makes what the record says."""
+        """Write the order, boxes and flips of a view again, if the recipe makes what the record says."""
         made = make_view(self.recipe, manifest, view)
         if digest(made.order, made.boxes, made.flips) != self.record.view_digests[view]:
             raise FastconError(f"{self.path}: the recipe does not make view {view} any more; make the store again")
@@ -138,7 +138,7 @@ class StoreWriter(Store):
         self._commit(record)
 
     def _write_weights(self, name: str, weights: bytes) -> None:
-        """Keep a teacher's weights file, unless it is there, whole."""
+        """Store a teacher's weights file, unless it is there and intact."""
         with contextlib.suppress(FastconError):
             if self.weights(name) == weights:
                 return
@@ -177,14 +177,14 @@ class StoreWriter(Store):
             self._array(f"images/{name}")[:] = column
 
     def repair_samples(self, pixels: NDArray[np.uint8]) -> None:
-        """Write the sample pixels anew, where these are what the record says."""
+        """Write the sample pixels again, if these match the record."""
         rows = sample_rows(self)
         if digest(rows, pixels) != self.record.samples_digest:
             raise FastconError(f"{self.path}: the images decode differently now, so the sample pixels are lost")
         self._array("samples/rows")[:], self._array("samples/pixels")[:] = rows, pixels
 
     def repair_weights(self, name: str, weights: bytes) -> None:
-        """Write a teacher's weights file anew, where this is what the record says."""
+        """Write a teacher's weights file again, if this one matches the record."""
         data = np.frombuffer(weights, dtype=np.uint8)
         if digest(data) != self.teachers[name].weights_file_digest:
             raise FastconError(
@@ -193,7 +193,7 @@ class StoreWriter(Store):
         self._array(self._path(name, "weights"))[:] = data
 
     def repair_checksums(self) -> None:
-        """Where a view's checksums are lost, take those of the chunks that are there and whole; the others are not done."""
+        """Where a view's checksums are lost, take those of the intact chunks; the others count as not done."""
         for path in [path for path in self.layout if path.endswith("/checksums")]:
             name = None if path.startswith("baked/") else path.split("/")[1]
             for view in range(self.views):
@@ -204,7 +204,7 @@ class StoreWriter(Store):
         self._expected.clear()
 
     def _found_checksum(self, name: str | None, view: int, chunk: int) -> int:
-        """The checksum of what is there of a chunk (name None: of a shard); -1 where it is missing or damaged."""
+        """The checksum of a chunk as it is on disk (name None: of a shard); -1 where it is missing or damaged."""
         try:
             if name is None:
                 return checksum(np.fromfile(self._shard_path(view, chunk), dtype=np.uint8))
@@ -216,7 +216,7 @@ class StoreWriter(Store):
             return -1
 
     def _commit(self, record: Record) -> None:
-        """Write a record: from then on what it says is so."""
+        """Write a record: from then on it is in force."""
         _commit(self._group, self.path, record)
         self._take(record)
 
@@ -243,7 +243,7 @@ def open_for_writing(
 
 
 def forget(path: str | os.PathLike[str], name: str) -> None:
-    """Take a teacher out of a store; killed at any moment it is either there or gone. Raises FastconError."""
+    """Remove a teacher from a store; a kill at any moment leaves it either there or gone. Raises FastconError."""
     path = os.fspath(path)
     Store(path)  # an error where there is none, and no lock file
     with _lock(path):
@@ -252,7 +252,7 @@ def forget(path: str | os.PathLike[str], name: str) -> None:
 
 
 def _reopened(path: str) -> StoreWriter:
-    """A store for writing, without what a kill left in it; only the holder of the lock may call this."""
+    """A store for writing, rid of what a kill left in it; only the holder of the lock may call this."""
     store = StoreWriter(path)
     store._group = arrays.open_group(path, "r+")
     store._remove_unnamed()
@@ -270,7 +270,7 @@ def set_samples(store: StoreWriter, pixels: NDArray[np.uint8]) -> None:
 
 
 def restore_record(path: str) -> bool:
-    """Bring back a damaged record from its copy; whether that was needed. Raises FastconError where it cannot be."""
+    """Restore a damaged record from its copy; returns whether that was needed. Raises FastconError if it cannot be."""
     if is_url(path) or not os.path.exists(os.path.join(path, COPY)):
         return False
     with contextlib.suppress(FastconError):
@@ -318,7 +318,7 @@ def _commit(group: Any, path: str, record: Record) -> None:
 
 
 def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
-    """What the recipe says of a view: a pure function of (seed, image ids and sizes, view)."""
+    """A view by the recipe: a pure function of (seed, image ids and sizes, view)."""
     order = views.order(recipe.seed, manifest.ids, view)
     ids, widths, heights = manifest.ids[order], manifest.widths[order], manifest.heights[order]
     boxes = views.boxes(recipe.seed, ids, view, widths, heights, recipe.scale, recipe.ratio)
@@ -339,7 +339,7 @@ def _check_recipe(store: Store, recipe: Recipe) -> None:
 
 
 def _exists(path: str) -> bool:
-    """Whether a finished creation is there; refuses a place that holds something else, or cannot be looked at."""
+    """Whether a finished store is there; refuses a place that holds something else, or cannot be read."""
     group = arrays.group_at(path)
     if group is None:
         foreign = [] if is_url(path) else [n for n in sorted(os.listdir(path)) if not n.endswith((".lock", ".log"))]
@@ -356,11 +356,11 @@ def _exists(path: str) -> bool:
 
 
 _CREATED = {"images", "order", "boxes", "flips", "baked"}
-"""What an interrupted creation may have left: it is written again from the start."""
+"""Remove what an interrupted creation left: it starts again from scratch."""
 
 
 def _remove_leftovers(path: str) -> None:
-    """Temporary files of writes that a kill cut off; only the holder of the lock may call this."""
+    """Remove temporary files of writes that a kill cut off; only the holder of the lock may call this."""
     if not is_url(path):
         for partial in Path(path).rglob("*.partial"):
             partial.unlink()

@@ -1,4 +1,4 @@
-"""Frozen features and logits of images at the centre crop. Features are cached on disk by what made them."""
+"""Frozen features and logits of images at the centre crop. Features are cached on disk, keyed by network, images and settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def features(
                 out[rows] = model.features(pixels).cpu().numpy()
             if progress:
                 progress(rows.stop, len(manifest))
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.unlink(missing_ok=True)  # an entry that could not be loaded
         derived(path, lambda partial: _save(partial, out))
     return out

@@ -160,7 +160,7 @@ def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: l
 
 
 def _right(scores: Scores, labels: NDArray) -> NDArray[np.bool_]:
-    """Which images [m] are put into their class; of a multi-label task which labels [m, K] are told right."""
+    """Which images [m] are classified correctly; of a multi-label task which labels [m, K] are."""
     return (scores > 0) == labels if labels.ndim == 2 else scores.argmax(1) == labels
 
 
@@ -187,7 +187,7 @@ def _checked(*arrays: NDArray) -> list[NDArray]:
         )
     if labels.shape[1:] != test_labels.shape[1:] or (labels.ndim == 2 and max(labels.max(), test_labels.max()) > 1):
         raise FastconError(
-            f"labels of several classes an image are [n, K] of zeros and ones, alike in both parts: got {labels.shape} "
+            f"labels of several classes per image are [n, K] of zeros and ones, alike in both parts: got {labels.shape} "
             f"and {test_labels.shape}"
         )
     if labels.ndim == 1 and len(np.unique(labels)) < 2:

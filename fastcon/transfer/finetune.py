@@ -38,7 +38,7 @@ RESULT = RUN_WEIGHTS[1]
 REPORT = "result.json"
 CHECKPOINT_SECONDS = 60.0
 VALIDATION = 0.1
-"""Share of each training class that chooses the learning rate."""
+"""Share of each training class held out to choose the learning rate."""
 
 
 class Diverged(FastconError):
@@ -62,8 +62,8 @@ def teach(
 ) -> dict[str, Any]:
     """Fine-tune `init` on `train`, write the teacher into `out` and return its accuracy on `test`.
 
-    With several learning rates each is tried on all but a tenth of every class, and the one that does best on that
-    tenth trains on everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
+    With several learning rates each is tried on all but a tenth of every class, and the best on that tenth trains on
+    everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
     reports.
     """
     tuning = _Tuning.of("teach", init, train, test, out, options, machine, data, say)
@@ -164,7 +164,7 @@ class _Tuning:
         data: dict[str, Any] | None,
         say: Say,
     ) -> _Tuning:
-        """Open the run that these options and images make. Raises FastconError where `out` holds another."""
+        """Open the run of these options and images. Raises FastconError if `out` holds another."""
         start = load(init, size=options.size, untrained=command == "teach")
         start.set_size(options.size or start.size)
         judge, machine = machine.settled(), settle(machine, start, options.batch_size, out)
@@ -186,7 +186,7 @@ class _Tuning:
         return cls(start, test, run, options, machine, judge, say)
 
     def begin(self, init: str) -> None:
-        """Write the run's configuration, and say what it starts from."""
+        """Write the run's configuration, and print what it starts from."""
         self.run.begin()
         self.say(f"starts from {init}{', random weights' if is_random(init) else ''}, at {self.start.size} px")
 
@@ -196,7 +196,7 @@ class _Tuning:
         return json.loads((self.run.path / REPORT).read_text())
 
     def count_to(self, total: int, progress: Progress | None) -> None:
-        """Report steps as they are done, of so many."""
+        """Report steps as they are done, out of a total."""
         done = 0
 
         def count(steps: int) -> None:
@@ -215,7 +215,7 @@ class _Tuning:
         return options.epochs * (_steps(train, options) + len(grid) * _steps(kept, options))
 
     def tune(self, train: Subset, prefix: str) -> tuple[Classifier, dict[str, Any]]:
-        """Choose a learning rate on a held-out tenth of `train`, train on all of it: the network, and how it does."""
+        """Choose a learning rate on a held-out tenth of `train`, then train on all of it; returns the network and its result."""
         rates, head = sorted(self.options.lr_grid), self.options.head
         tried = self._tried(train, rates, prefix) if len(rates) > 1 else {}
         best = max(tried, key=lambda rate: (tried[rate], -rate)) if tried else rates[0]
@@ -314,9 +314,9 @@ def fit(
 
 
 def accuracy(model: Classifier, head: str, test: Subset, machine: Machine, batch_size: int = 128) -> float:
-    """Share of images whose class the head finds among its own classes, matched by name.
+    """Share of images that the head classifies correctly; classes are matched by name.
 
-    Of multi-label images the share of (image, label) pairs that its signs tell right.
+    Of multi-label images the share of (image, label) pairs whose sign is right.
     """
     chosen, columns = model.head_index(head)
     place = {name: k for k, name in enumerate(chosen.classes)}

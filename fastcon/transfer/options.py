@@ -1,4 +1,4 @@
-"""What teach, finetune and probe can be told. Importing this module imports nothing heavy."""
+"""Options of teach, finetune and probe. Importing this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ class FinetuneOptions(TuneOptions):
 
     @property
     def draws(self) -> int:
-        """How many training sets are drawn."""
+        """Number of training sets drawn."""
         return 1 if self.shots is None else self.trials or 5

@@ -36,7 +36,7 @@ def probe(
     say: Callable[[str], None] = lambda line: None,
     show: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Accuracy of the frozen features of each backbone, a MODEL. show gets each one's row of results when it is done."""
+    """Accuracy of the frozen features of each backbone (a MODEL). show is called with each row of results as it is done."""
     machine = machine.settled()
     train, test = task.parts(index)
     several = splits.MULTI_LABEL_SHOTS if train.multi_label else splits.SHOTS

@@ -23,7 +23,7 @@ from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm
 
 TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Coefficients of the problems that are solved at once, of several folds where they are few: more fall out of a CPU's cache."""
+"""Coefficients solved at once, of several folds if these are small: more would not fit a CPU's cache."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
@@ -45,7 +45,7 @@ class Solver(Protocol):
     """The largest relative duality gap of all its solutions so far; None where a solver does not say."""
 
     def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
-        """Of every fold, train on its rows `inside`: decision values [m, K] of the rows `outside`, one array a C."""
+        """Of every fold, train on its rows `inside`: decision values [m, K] of the rows `outside`, one array per C."""
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """Train on all rows with the last C (those before it may serve as starts): decision values [m, K] of `rows`."""
