@@ -72,6 +72,7 @@ LAYERS = [
     "distill",
     "transfer",
     "report",
+    "export",
     "study",
     "bench",
     "info",

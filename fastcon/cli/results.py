@@ -1,4 +1,4 @@
-"""info, report, bench, study, demo."""
+"""info, export, report, bench, study, demo."""
 
 from __future__ import annotations
 
@@ -28,6 +28,38 @@ def info(path: str, json_file: str | None) -> None:
 
     facts, text = describe(path)
     finish(facts, json_file, text)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--out", required=True, help="Folder for the files.")
+@click.option("--head", default=None, help="The head that the state dict gets (default: the first).")
+@click.option(
+    "--onnx/--no-onnx", default=True, show_default=True, help="Write ONNX and check it with ONNX Runtime (extra)."
+)
+@click.option(
+    "--results", multiple=True, help="RESULTS whose accuracies of this run the model card shows (repeatable)."
+)
+@click.option("--licence", "--license", default=None, help="Licence of the weights, for the model card.")
+@common
+def export(
+    run: str,
+    out: str,
+    head: str | None,
+    onnx: bool,
+    results: tuple[str, ...],
+    licence: str | None,
+    json_file: str | None,
+) -> None:
+    """Write a RUN of train or teach as files that work without fastcon: ONNX, a state dict, and a model card.
+
+    \b
+    fastcon export runs/student --results birds.json --out exported
+    """
+    from fastcon.export import export as stage
+
+    facts = stage(run, out, head, onnx, results, licence, note)
+    finish(facts, json_file, f"{out}/README.md")
 
 
 @main.command()
