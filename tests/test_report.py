@@ -291,6 +291,20 @@ def test_ours_beside_the_papers(tmp_path):
     assert (tmp_path / "out" / "5-shot-linear-SVM-ours-beside-table4-gains.svg").exists()
 
 
+def test_fine_tuned_students_beside_the_papers(tmp_path):
+    """Of networks that no result names, teachers are taken to be of the generalist's."""
+    known = lineage("resisc45", proxy="imagenet")
+    known["teachers"][0]["architecture"] = "torchvision:resnet50"
+    rows = [finetune("r50", "generalist", [0.9], task="resisc45", split="d"),
+            finetune("ours", "consolidated", [0.8], task="resisc45", split="d", lineage=known)]  # fmt: skip
+    paths = [write(tmp_path / f"{k}.json", row) for k, row in enumerate(rows)]
+    [found] = write_report(paths, str(tmp_path / "out"), references=["table6"])["compared"]
+    assert {(cell["published"], cell["ours"]) for cell in found["cells"]} == {
+        ("ImageNet-pretrained model", "r50"),
+        ("Resisc45 (t-split) repr. consolid.", "ours"),
+    }
+
+
 def test_a_reference_that_cannot_be_compared(tmp_path):
     path = write(tmp_path / "a.json", probe({"base": ("generalist", [], [0.5, 0.6])}))
     for reference, message in (

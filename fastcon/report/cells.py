@@ -46,7 +46,10 @@ class Lineage:
 
         network: the generalist's architecture; of teachers it only counts whether they have another.
         """
-        teachers = frozenset((t.task, t.split, t.architecture not in (None, network)) for t in self.teachers)
+        unknown = network is None and self.recipe is not None  # of a published row nothing but another network is said
+        teachers = frozenset(
+            (t.task, t.split, not unknown and t.architecture not in (None, network)) for t in self.teachers
+        )
         if self.method in ("generalist", "teacher"):
             return self.method, teachers
         return self.method, teachers, self.proxy, self.balance or "1:1", self.labels

@@ -128,6 +128,7 @@ def finetune(
         "train_images": len(draws[0]),
         "test_images": len(test),
         "classes": len(train.classes),
+        "architecture": tuning.start.architecture,
     }
     write_json(run.path / REPORT, summary)
     return summary
