@@ -37,8 +37,8 @@ def cores() -> int:
 
 def default_threads() -> int:
     """OMP_NUM_THREADS where it is set, as job schedulers do; else one per core."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) else cores()
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(given), cores()) if given.isdecimal() and int(given) else cores()
 
 
 def cpu_name() -> str:
@@ -50,15 +50,15 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+def quota(root: str = "/sys/fs/cgroup", cgroups: str = "/proc/self/cgroup") -> float:
     """CPUs' worth of time that the cgroup of this process gets; infinity without a limit."""
-    found = [math.inf]
+    limits = [math.inf]
     with contextlib.suppress(OSError, ValueError):
-        paths = [line.rsplit(":", 1)[-1].strip("/") for line in Path(own).read_text().splitlines()]
+        paths = [line.rsplit(":", 1)[-1].strip("/") for line in Path(cgroups).read_text().splitlines()]
         for path in paths:
             parents = [Path(path), *Path(path).parents]
-            found += [_limit(Path(root, kind, parent)) for kind in ("", "cpu") for parent in parents]
-    return min(found)
+            limits += [_limit(Path(root, kind, parent)) for kind in ("", "cpu") for parent in parents]
+    return min(limits)
 
 
 def _limit(folder: Path) -> float:
@@ -101,8 +101,8 @@ class Cores:
         if self._shared:
             with contextlib.suppress(OSError):  # no folder for locks: every process for itself
                 self._folder.mkdir(mode=0o700, exist_ok=True)
-                there = sorted(self._before[1])
-                mine = there if self.threads >= len(there) else self._choose(there)
+                allowed = sorted(self._before[1])
+                mine = allowed if self.threads >= len(allowed) else self._choose(allowed)
                 self._turns = [(self._open(f"queue-{core}"), self._open(f"core-{core}")) for core in mine]
                 os.sched_setaffinity(0, mine)
         return self
@@ -139,11 +139,11 @@ class Cores:
         (self._stuck.discard if got else self._stuck.add)(lock)
         return got
 
-    def _choose(self, there: list[int]) -> list[int]:
+    def _choose(self, allowed: list[int]) -> list[int]:
         """As many cores as threads: those that no other process has chosen, as far as they go."""
         free: list[int] = []
         busy: list[int] = []
-        for core in there:
+        for core in allowed:
             mine = len(free) < self.threads and _try(self._open(f"chosen-{core}"))
             (free if mine else busy).append(core)
         start = os.getpid() % max(len(busy), 1)
@@ -170,13 +170,13 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
         with contextlib.suppress(threading.BrokenBarrierError):  # the caller is already leaving
             started.wait()
 
-    own = torch.get_num_threads()
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=begin)
     try:
         for _ in range(count):  # each waits at the barrier, so that the next starts another thread
             pool.submit(int)
         started.wait()
-        torch.set_num_threads(own)
+        torch.set_num_threads(before)
         yield pool
     finally:
         started.abort()  # nobody waits for a thread that could not start

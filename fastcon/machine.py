@@ -87,8 +87,8 @@ def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     import torch
 
-    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return known and bool(_flags() & {"avx512_bf16", "amx_bf16"})
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported and bool(_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def choose_device(device: str) -> torch.device:

@@ -44,8 +44,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 def rules(cls: type[Options]) -> dict[str, tuple[dataclasses.Field[Any], Rule]]:
     """Name → field and rule of every option of a class."""
-    found = ((field, field.metadata.get("rule")) for field in dataclasses.fields(cls))
-    return {field.name: (field, rule) for field, rule in found if rule is not None}
+    fields = ((field, field.metadata.get("rule")) for field in dataclasses.fields(cls))
+    return {field.name: (field, rule) for field, rule in fields if rule is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,21 +165,21 @@ def stop_signals() -> Iterator[list[int]]:
 
     SIGHUP (a terminal that goes away) stays ignored where it was, as under nohup.
     """
-    seen: list[int] = []
+    signals: list[int] = []
 
     def handle(number: int, _: object) -> None:
-        if seen:
+        if signals:
             raise KeyboardInterrupt
-        seen.append(number)
+        signals.append(number)
 
     try:
         hup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, *hup)}
     except ValueError:  # not the main thread: whoever embeds us keeps its own handlers
-        yield seen
+        yield signals
         return
     try:
-        yield seen
+        yield signals
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -187,8 +187,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("fastcon", "torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numpy", "scikit-learn", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            numbers[name] = importlib.metadata.version(name)
+    return numbers

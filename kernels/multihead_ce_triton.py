@@ -138,8 +138,8 @@ def _multihead_ce(
             new_t = tl.maximum(max_t, tl.max(z_t))
             # Columns before can be the largest of both only while neither maximum has moved on.
             before = tl.where((new_s == max_s) & (new_t == max_t), agree, 0.0)
-            here = tl.max(tl.where(z_t == new_t, z_s, NEVER)) == new_s
-            agree = tl.maximum(before, tl.where(here, 1.0, 0.0))
+            same = tl.max(tl.where(z_t == new_t, z_s, NEVER)) == new_s
+            agree = tl.maximum(before, tl.where(same, 1.0, 0.0))
             down_s = max_s - new_s
             down_t = max_t - new_t
             shrink = tl.exp2(down_t * unit)

@@ -346,10 +346,10 @@ def _back(features: Tensor, values: Tensor) -> Tensor:
 
 def _primal_gap(weights: Tensor, gradient: Tensor, slack: Tensor, cost: float) -> Tensor:
     """Relative duality gap [K], the dual at alpha = 2C slack, whose weights are w - gradient."""
-    own = slack.double().square().sum(0)
-    primal = 0.5 * weights.double().square().sum(1) + cost * own
+    squares = slack.double().square().sum(0)
+    primal = 0.5 * weights.double().square().sum(1) + cost * squares
     implied = (weights - gradient).double().square().sum(1)
-    dual = 2 * cost * slack.double().sum(0) - 0.5 * implied - cost * own
+    dual = 2 * cost * slack.double().sum(0) - 0.5 * implied - cost * squares
     return (primal - dual) / primal
 
 

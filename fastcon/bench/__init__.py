@@ -83,13 +83,13 @@ def results_folder() -> Path | None:
 
 def interleave(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every variant in turn, `rounds` times, after one call each to warm up; returns their results."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    results: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, variant in variants.items():
             value = variant()
             if number:
-                found[name].append(value)
-    return found
+                results[name].append(value)
+    return results
 
 
 def compared(name: str, ours: list[float], theirs: list[float], unit: str, device: str, **facts: Any) -> Row:

@@ -101,9 +101,9 @@ def _loop(student: Tensor, teacher: Tensor, segments: Segments) -> Tensor:
     for offset, width, weight, t in zip(
         segments.offsets, segments.widths, segments.weights, segments.temperatures, strict=True
     ):
-        here = slice(offset, offset + width)
-        p = (teacher[:, here].float() / t).softmax(1)
-        total = total - weight * (p * (student[:, here].float() / t).log_softmax(1)).sum(1).mean()
+        columns = slice(offset, offset + width)
+        p = (teacher[:, columns].float() / t).softmax(1)
+        total = total - weight * (p * (student[:, columns].float() / t).log_softmax(1)).sum(1).mean()
     return total
 
 

@@ -58,7 +58,7 @@ def bench(
         if importlib.util.find_spec("ffcv"):
             variants["ffcv"] = _rate(_ffcv(folder / "full.beton", files, None, workers, views))
             variants["ffcv 256"] = _rate(_ffcv(folder / "256.beton", files, 256, workers, 2 * views))
-        seen = interleave(variants, rounds)
+        rates = interleave(variants, rounds)
     pixels = sum(int(w) * int(h) for w, h in zip(manifest.widths, manifest.heights, strict=True)) / len(manifest)
     case = {"case": f"{len(manifest)} photos of {pixels / 1000:.0f} kpixel, {views} views, {CLASSES} classes"}
     case |= {"threads": workers}  # type: ignore[dict-item]
@@ -71,9 +71,9 @@ def bench(
     ]
     rows = []
     for name, ours, theirs in pairs:
-        if theirs in seen:
+        if theirs in rates:
             facts: dict[str, Any] = {"bytes_a_view": bytes_a_view} if ours == "baked" else {}
-            rows.append(compared(name, seen[ours], seen[theirs], "img/s", device.type, **case, **facts))
+            rows.append(compared(name, rates[ours], rates[theirs], "img/s", device.type, **case, **facts))
             say(f"{name}: {rows[-1]['ours']:,.0f} against {rows[-1]['theirs']:,.0f} img/s, {rows[-1]['ratio']:.2f} x")
     return rows
 

@@ -96,9 +96,9 @@ def _against_sklearn(
 def _real(images: str, backbone: str, device: torch.device) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Features and labels, for training and for testing, of the d-split of labelled images."""
     model, manifest = load(backbone).on(device), index([images])
-    found = features.features(model, manifest, Machine(str(device)))
+    values = features.features(model, manifest, Machine(str(device)))
     train, test = splits.labelled(manifest, None, 0.5, "d", 0)
-    return found[train.indices], train.labels, found[test.indices], test.labels
+    return values[train.indices], train.labels, values[test.indices], test.labels
 
 
 def _same_fits(x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, say: Say) -> dict[str, float]:
@@ -125,12 +125,12 @@ def _same_fits(x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, say: Sa
         excess = max(excess, reached / best - 1)
         accuracies.append([(model.predict(test_x) == test_y).mean() for model in (ours, theirs)])
         say(f"  LinearSVC(C={cost:g}): {seconds:.2f} s, objective {reached / best - 1:+.1e} above ours")
-    own, other = np.mean(accuracies, axis=0).tolist()
+    ours_mean, theirs_mean = np.mean(accuracies, axis=0).tolist()
     return {
         "seconds": total,
         "objective_excess": excess,
-        "accuracy_of_fits": own,
-        "accuracy_of_fits_sklearn": other,
+        "accuracy_of_fits": ours_mean,
+        "accuracy_of_fits_sklearn": theirs_mean,
     }
 
 
@@ -180,11 +180,11 @@ def _objectives(x: NDArray, y: NDArray, library: str, count: int) -> Iterator[tu
     for trial in range(count):
         draw = splits.draw(np.arange(len(y), dtype=np.uint64), y, SHOTS, 0, trial)
         rows = x[draw].astype(np.float64) @ np.linalg.qr(x[draw].astype(np.float64).T)[0]
-        own = np.where(y[draw] == random.integers(y.max() + 1), 1, -1)
+        signs = np.where(y[draw] == random.integers(y.max() + 1), 1, -1)
         cost = float(random.choice(C_GRID))
         exact = LinearSVC(C=cost, dual=True, tol=1e-8, max_iter=1_000_000)
-        theirs = (exact if library == "sklearn" else cuml_model(cost)).fit(rows, own)
-        yield _objective(LinearSVM(cost).fit(rows, own), rows, own, cost), _objective(theirs, rows, own, cost)
+        theirs = (exact if library == "sklearn" else cuml_model(cost)).fit(rows, signs)
+        yield _objective(LinearSVM(cost).fit(rows, signs), rows, signs, cost), _objective(theirs, rows, signs, cost)
 
 
 def _row(name: str, ours: float, theirs: float, unit: str, n: int, device: torch.device) -> Row:

@@ -43,9 +43,9 @@ def bench(
                     random = 3 * torch.randn(stop - start, classes, generator=torch.Generator().manual_seed(chunk))
                     parts = codec(kind).encode(random)
                     writer.write(kind, 0, chunk, {part: values.numpy() for part, values in parts.items()})
-        found = [row for kind in CODECS[:2] for row in _speed(path, kind, rounds, say)]
+        rows_read = [row for kind in CODECS[:2] for row in _speed(path, kind, rounds, say)]
     logits = _real_logits(logits_of) if logits_of else {"random": 3 * torch.randn(4096, 1000)}
-    return found + [_quality(name, kind, values, say) for name, values in logits.items() for kind in CODECS]
+    return rows_read + [_quality(name, kind, values, say) for name, values in logits.items() for kind in CODECS]
 
 
 def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
@@ -80,11 +80,11 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
 
         return run
 
-    seen = interleave({"raw": rate(raw), "chunks": rate(chunks), "batches": rate(batches)}, rounds)
+    rates = interleave({"raw": rate(raw), "chunks": rate(chunks), "batches": rate(batches)}, rounds)
     case = {"case": f"{kind}, {len(store.teachers[kind].classes)} classes"}
     rows = [
-        compared("store_read", seen["chunks"], seen["raw"], "rows/s", "cpu", **case),
-        compared("store_read, in batches of 256", seen["batches"], seen["raw"], "rows/s", "cpu", **case),
+        compared("store_read", rates["chunks"], rates["raw"], "rows/s", "cpu", **case),
+        compared("store_read, in batches of 256", rates["batches"], rates["raw"], "rows/s", "cpu", **case),
     ]
     for row in rows:
         say(f"{row['name']} ({row['case']}): {row['ours']:,.0f} rows/s, {row['ratio']:.0%} of the bare bytes")
@@ -95,11 +95,11 @@ def _real_logits(path: str) -> dict[str, torch.Tensor]:
     """The first view of every teacher of a store that keeps floats, at most 16 chunks of it."""
     store = Store(path)
     kept = [name for name in store.teachers if store.teachers[name].logits in ("float16", "float32")]
-    found = {}
+    logits = {}
     for name in kept:
         chunks = [store.logits(name, 0, chunk) for chunk in range(min(store.chunks, 16))]
-        found[name] = torch.from_numpy(np.concatenate(chunks)).float()
-    return found
+        logits[name] = torch.from_numpy(np.concatenate(chunks)).float()
+    return logits
 
 
 def _quality(name: str, kind: str, logits: torch.Tensor, say: Say) -> Row:

@@ -81,15 +81,15 @@ def bench(
         recipe = Recipe(size=scale.size)
         case = _case(scale)
         rows = []
-        for here in [scale, *also]:
-            for row in _precompute(folder, manifest, Recipe(size=here.size), here, device, rounds, say):
+        for shape in [scale, *also]:
+            for row in _precompute(folder, manifest, Recipe(size=shape.size), shape, device, rounds, say):
                 rows.append(row)
                 say(_line(row))
         for count in (2, 4):
             path = store_of(folder / f"store-{count}", manifest, recipe, 1, [CLASSES] * count, Machine(str(device)))
-            found = _train(path, scale, device, count, rounds, case)
-            rows += found[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
-            for row in found[count > 2 :]:
+            measured = _train(path, scale, device, count, rounds, case)
+            rows += measured[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough
+            for row in measured[count > 2 :]:
                 say(_line(row))
         if device.type == "cpu":
             rows.append(_side_by_side(path, scale, rounds, case))
@@ -168,9 +168,9 @@ def _precompute(
     variants = {"precompute": alone(frozen.PLAIN)}
     if how != frozen.PLAIN:
         variants["precompute_vs_best"] = alone(how)
-    seen = interleave({"ours": ours, **variants}, rounds)
+    rates = interleave({"ours": ours, **variants}, rounds)
     what = f"{_case(scale)}, {scale.teachers} teacher{'s' * (scale.teachers > 1)}, {machine.precision}, compile {how}"
-    return [compared(name, seen["ours"], seen[name], "img/s", device.type, case=what) for name in variants]
+    return [compared(name, rates["ours"], rates[name], "img/s", device.type, case=what) for name in variants]
 
 
 def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: int, case: str) -> list[Row]:
@@ -206,7 +206,7 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
         step(pixels, teach(pixels).clone())
 
     timed = functools.partial(_timed, scale=scale, device=device)
-    seen = interleave(
+    rates = interleave(
         {
             "offline": timed(offline),
             "memory": timed(lambda: step(kept.pixels, kept.stacked)),
@@ -218,14 +218,14 @@ def _train(path: Path, scale: Scale, device: torch.device, count: int, rounds: i
     stream.close()  # type: ignore[attr-defined]
     online_pixels.close()  # type: ignore[attr-defined]
     # The bound of the speed-up: (t_student + t_teachers) / t_student, with t = 1 / rate.
-    bound = statistics.median(1 + s / t for s, t in zip(seen["memory"], seen["teachers"], strict=True))
+    bound = statistics.median(1 + s / t for s, t in zip(rates["memory"], rates["teachers"], strict=True))
     what = f"{case}, batch {scale.batch}, {used}"
     rows = [
-        compared("train_step", seen["offline"], seen["memory"], "img/s", device.type, case=what),
+        compared("train_step", rates["offline"], rates["memory"], "img/s", device.type, case=what),
         compared(
             "train_vs_online",
-            seen["offline"],
-            seen["online"],
+            rates["offline"],
+            rates["online"],
             "img/s",
             device.type,
             case=f"{what}, N+1 = {count}, teachers' compile {how}",
@@ -252,8 +252,8 @@ def _side_by_side(path: Path, scale: Scale, rounds: int, case: str) -> Row:
             process.stdin.flush()
         return sum(float(process.communicate()[0]) for process in running)
 
-    seen = [(processes(2), processes(1)) for _ in range(rounds)]
-    together, alone = map(list, zip(*seen, strict=True))
+    measured = [(processes(2), processes(1)) for _ in range(rounds)]
+    together, alone = map(list, zip(*measured, strict=True))
     return compared("side_by_side", together, alone, "img/s", "cpu", case=f"{case}, batch {scale.batch}")
 
 
@@ -334,12 +334,12 @@ def _compiled(path: Path, scale: Scale, device: torch.device, rounds: int, case:
                 say(f"--compile {mode} does not work here: {' '.join(str(error).split())[:80]}")
                 continue
             variants[mode] = _timed(step, scale, device)
-        seen = interleave(variants, rounds)
+        rates = interleave(variants, rounds)
         for mode in variants:
             if mode != "none":
                 what = f"{case}, batch {batch}, {used}"
                 yield compared(
-                    f"train_step, --compile {mode}", seen[mode], seen["none"], "img/s", device.type, case=what
+                    f"train_step, --compile {mode}", rates[mode], rates["none"], "img/s", device.type, case=what
                 )
 
 

@@ -88,12 +88,12 @@ def _list(json_file: str | None) -> None:
     from fastcon.data.published import DATASETS
 
     shown = ("title", "classes", "parts", "train", "test", "where", "files")
-    facts = {name: {key: getattr(known, key) for key in shown} for name, known in DATASETS.items()}
+    facts = {name: {key: getattr(data_set, key) for key in shown} for name, data_set in DATASETS.items()}
     lines = []
-    for name, known in DATASETS.items():
-        parts = ", ".join(f"{part} {count:,}" for part, count in known.parts.items())
-        lines.append(f"{name}: {known.title}; {known.classes:,} classes; images: {parts}")
-        lines += [f"    from  {known.where}", f"    files {known.files}"]
+    for name, data_set in DATASETS.items():
+        parts = ", ".join(f"{part} {count:,}" for part, count in data_set.parts.items())
+        lines.append(f"{name}: {data_set.title}; {data_set.classes:,} classes; images: {parts}")
+        lines += [f"    from  {data_set.where}", f"    files {data_set.files}"]
     finish(facts, json_file, "\n".join(lines))
 
 

@@ -84,11 +84,11 @@ def _from_file(ctx: click.Context, _: click.Parameter, path: str | None) -> None
         values = tomllib.loads(Path(path).read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise click.BadParameter(f"{path}: {error}") from error
-    known = {name.lstrip("-"): p.name for p in ctx.command.params for name in p.opts}
-    unknown = [key for key in values if key not in known]
+    parameters = {name.lstrip("-"): p.name for p in ctx.command.params for name in p.opts}
+    unknown = [key for key in values if key not in parameters]
     if unknown:
         raise click.BadParameter(f"{path}: {unknown[0]!r} is no option of {ctx.command.name}")
-    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: value for key, value in values.items()}}
+    ctx.default_map = {**(ctx.default_map or {}), **{parameters[key]: value for key, value in values.items()}}
 
 
 def _writable(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:

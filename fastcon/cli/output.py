@@ -21,8 +21,10 @@ def flags(text: str) -> str:
     """A message with the parameters it names, as `batch_size`, replaced by the flags of the command line."""
     group = click.get_current_context().find_root().command
     assert isinstance(group, click.Group)
-    known = {p.name: p.opts[0] for command in group.commands.values() for p in command.params if p.opts[0][:2] == "--"}
-    return re.sub(r"`([a-z_]+)`", lambda found: known.get(found[1], found[0]), text)
+    flag_of = {
+        p.name: p.opts[0] for command in group.commands.values() for p in command.params if p.opts[0][:2] == "--"
+    }
+    return re.sub(r"`([a-z_]+)`", lambda found: flag_of.get(found[1], found[0]), text)
 
 
 def note(line: str) -> None:

@@ -47,8 +47,8 @@ class Part:
 
 def check(name: str, root: str) -> tuple[list[Part], dict[str, str]]:
     """The parts of a data set under a root, and why others cannot be read. Raises FastconError for an unknown name."""
-    known, parts, absent = dataset(name), [], {}
-    for part in known.parts:
+    published, parts, absent = dataset(name), [], {}
+    for part in published.parts:
         source = f"data:{name}?root={quote(str(Path(root).expanduser().absolute()))}&part={part}"
         try:
             listing = sources.read([source])
@@ -60,11 +60,11 @@ def check(name: str, root: str) -> tuple[list[Part], dict[str, str]]:
             Part(
                 part,
                 len(listing.size),
-                known.parts[part],
+                published.parts[part],
                 len(listing.classes),
-                known.classes,
+                published.classes,
                 (int(counts.min()), int(counts.max())),
-                known.per_class.get(part),
+                published.per_class.get(part),
                 tuple(skipped for skipped, _ in listing.skipped),
             )
         )

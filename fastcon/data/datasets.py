@@ -50,20 +50,20 @@ def _options(query: str) -> dict[str, str]:
 def published(source: str) -> int:
     """Images of a data:NAME?… source as published. Raises FastconError for an unknown name or part."""
     name, _, query = source.removeprefix("data:").partition("?")
-    known = dataset(name)
-    return known.parts[_part(source, name, _options(query))]
+    data_set = dataset(name)
+    return data_set.parts[_part(source, name, _options(query))]
 
 
 def _part(source: str, name: str, options: dict[str, str]) -> str:
-    known = dataset(name)
-    part = options.get("part", known.train)
-    if part not in known.parts:
-        raise FastconError(f"{source}: {name} has no part {part!r}: there are {', '.join(known.parts)}")
+    data_set = dataset(name)
+    part = options.get("part", data_set.train)
+    if part not in data_set.parts:
+        raise FastconError(f"{source}: {name} has no part {part!r}: there are {', '.join(data_set.parts)}")
     return part
 
 
 def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
-    known = dataset(name)
+    data_set = dataset(name)
     unknown = set(options) - {"root", "part"}
     if unknown or not options.get("root"):
         raise FastconError(
@@ -72,23 +72,23 @@ def _official(source: str, name: str, options: dict[str, str]) -> Files | Path:
         )
     root, part = Path(options["root"]).expanduser().absolute(), _part(source, name, options)
     try:
-        found = known.read(root, part) if known.group is None else known.read(root, part, known.group)
-        pairs = found if isinstance(found, Path) else list(found)
+        content = data_set.read(root, part) if data_set.group is None else data_set.read(root, part, data_set.group)
+        pairs = content if isinstance(content, Path) else list(content)
     except OSError as error:
-        other = known.elsewhere(root, part)
+        other = data_set.elsewhere(root, part)
         if other is not None:
             return other
         raise FastconError(
-            f"{source}: {error.filename or root} is missing: {root} should hold {known.files} (from {known.where})"
-            + (f", or {part}/CLASS/*.jpg, or {part}*.tar with class folders" if known.group is None else "")
+            f"{source}: {error.filename or root} is missing: {root} should hold {data_set.files} (from {data_set.where})"
+            + (f", or {part}/CLASS/*.jpg, or {part}*.tar with class folders" if data_set.group is None else "")
         ) from error
     except Exception as error:  # whatever a reader of damaged files may raise
         raise FastconError(f"{source}: the files under {root} are not as published ({error!r})") from error
     if isinstance(pairs, Path):
         return pairs
     if not pairs:
-        raise FastconError(f"{source}: no images: {root} should hold {known.files} (from {known.where})")
-    return Files(root, pairs, known.group is not None)
+        raise FastconError(f"{source}: no images: {root} should hold {data_set.files} (from {data_set.where})")
+    return Files(root, pairs, data_set.group is not None)
 
 
 def dataset(name: str) -> DataSet:

@@ -180,9 +180,11 @@ def settings(machine: Machine) -> dict[str, Any]:
 
 def _versions(*packages: str) -> dict[str, str]:
     """Versions of installed distributions, whatever CUDA version their names end with."""
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {
-        name: version for name, version in sorted(found.items()) if name and re.sub(r"-cu\d+$", "", name) in packages
+        name: version
+        for name, version in sorted(installed.items())
+        if name and re.sub(r"-cu\d+$", "", name) in packages
     }
 
 
@@ -319,15 +321,17 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Decoded]:
         images = fn.slice(fn.decoders.image(jpegs, **kind), box[:2], box[2:], axes=[0, 1])
         return tuple(fn.flip(resize(images, s), horizontal=flip) for s in sizes)
 
-    own = torch.cuda.Stream(device) if on_gpu else None  # so that decoding never waits for the consumer of the batches
+    stream = (
+        torch.cuda.Stream(device) if on_gpu else None
+    )  # so that decoding never waits for the consumer of the batches
 
     def dense(output: Any) -> Tensor:
         decoded = output.as_tensor()
-        if own is None:  # no copy: the batch keeps its memory, and the next one takes other
+        if stream is None:  # no copy: the batch keeps its memory, and the next one takes other
             return torch.from_dlpack(decoded).permute(0, 3, 1, 2)
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(stream):
             pixels = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
-            feed_ndarray(decoded, pixels, cuda_stream=own)
+            feed_ndarray(decoded, pixels, cuda_stream=stream)
         return pixels.permute(0, 3, 1, 2)
 
     pipe = graph()
@@ -344,7 +348,7 @@ def _dali(encoded: Iterator[Encoded], plan: _Plan) -> Iterator[Decoded]:
                 raise _Undecodable(f"DALI: {one_line(error, 200)}") from error
             if on_gpu or sizes == [plan.side]:
                 pixels = {size: dense(output) for size, output in zip(sizes, outputs, strict=True)}
-                yield pixels, None if own is None else own.record_event()
+                yield pixels, None if stream is None else stream.record_event()
             else:
                 crops = [torch.from_numpy(np.asarray(crop)) for crop in outputs[0]]  # type: ignore[union-attr]
                 flips = np.asarray(outputs[1].as_tensor()) if plan.side is None else np.zeros(len(crops), np.int32)

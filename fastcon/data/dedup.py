@@ -64,12 +64,12 @@ def fingerprints(manifest: Manifest, threads: int | None = None, progress: Progr
     try:
         with ThreadPoolExecutor(threads or default_threads()) as pool:
             for start in range(0, n, 256):
-                here = range(start, min(start + 256, n))
-                names = [manifest.name(k) for k in here]
-                for k, (own, copy) in zip(here, pool.map(_print, names, reader.read(list(here))), strict=True):
+                block = range(start, min(start + 256, n))
+                names = [manifest.name(k) for k in block]
+                for k, (own, copy) in zip(block, pool.map(_print, names, reader.read(list(block))), strict=True):
                     hashes[k], grey[k] = own, copy
                 if progress:
-                    progress(here.stop, n)
+                    progress(block.stop, n)
     finally:
         reader.close()
     return Prints(hashes, grey)
@@ -90,8 +90,8 @@ def _print(name: str, data: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.ui
     for across, down in _PARTS:
         left, top = across * (image.size[0] - width), down * (image.size[1] - height)
         parts.append(image.resize((32, 32), Image.Resampling.BILINEAR, box=_inside(image, left, top, width, height)))
-    found = [imagehash.phash(part).hash for part in parts]
-    return [int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in found], np.asarray(
+    hashes = [imagehash.phash(part).hash for part in parts]
+    return [int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in hashes], np.asarray(
         image.resize((SIDE, SIDE))
     )
 

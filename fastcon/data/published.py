@@ -74,8 +74,8 @@ def _class_folders(root: Path, parts: list[str]) -> Path | None:
 
 
 def _shards(root: Path, parts: list[str]) -> Path | None:
-    found = [sorted({*root.glob(f"{part}.tar"), *root.glob(f"{part}-*.tar")}) for part in parts]
-    return root / _braces([path.name for paths in found for path in paths]) if all(found) else None
+    shards = [sorted({*root.glob(f"{part}.tar"), *root.glob(f"{part}-*.tar")}) for part in parts]
+    return root / _braces([path.name for paths in shards for path in paths]) if all(shards) else None
 
 
 def _braces(names: list[str]) -> str:
@@ -127,28 +127,28 @@ def _cub(root: Path, part: str) -> Pairs:
         return dict(line.split(maxsplit=1) for line in lines if line.strip())  # type: ignore[arg-type]
 
     images, label, classes = table("images.txt"), table("image_class_labels.txt"), table("classes.txt")
-    wanted = "1" if part == "train" else "0"
-    chosen = [number for number, training in table("train_test_split.txt").items() if training == wanted]
+    flag = "1" if part == "train" else "0"
+    chosen = [number for number, training in table("train_test_split.txt").items() if training == flag]
     return [(f"CUB_200_2011/images/{images[k]}", (classes[label[k]],)) for k in chosen]
 
 
 def _ifood(root: Path, part: str) -> Pairs:
     """The list is annot/train_info.csv (image,class number) or, from Kaggle, train_labels.csv with a header."""
-    found = [root / name for name in (f"annot/{part}_info.csv", f"{part}_labels.csv") if (root / name).exists()]
+    lists = [root / name for name in (f"annot/{part}_info.csv", f"{part}_labels.csv") if (root / name).exists()]
     named = [path for path in (root / "annot/class_list.txt", root / "class_list.txt") if path.exists()]
-    if not found or not named:
-        raise FileNotFoundError(2, "missing", str(root / f"annot/{part}_info.csv" if not found else "class_list.txt"))
+    if not lists or not named:
+        raise FileNotFoundError(2, "missing", str(root / f"annot/{part}_info.csv" if not lists else "class_list.txt"))
     classes = dict(line.split(maxsplit=1) for line in named[0].read_text().splitlines() if line.strip())
-    with open(found[0], newline="", encoding="utf-8") as file:
+    with open(lists[0], newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row and row[1].strip().isdigit()]
     return [(f"{part}_set/{row[0]}", (classes[row[1].strip()].strip(),)) for row in rows]
 
 
 def _inaturalist(root: Path, part: str) -> Pairs:
-    found = json.loads((root / f"{part}2019.json").read_text())
-    names = {item["id"]: str(item.get("name", item["id"])) for item in found["categories"]}
-    label = {item["image_id"]: item["category_id"] for item in found["annotations"]}
-    return [(image["file_name"], (names[label[image["id"]]],)) for image in found["images"]]
+    listed = json.loads((root / f"{part}2019.json").read_text())
+    names = {item["id"]: str(item.get("name", item["id"])) for item in listed["categories"]}
+    label = {item["image_id"]: item["category_id"] for item in listed["annotations"]}
+    return [(image["file_name"], (names[label[image["id"]]],)) for image in listed["images"]]
 
 
 def _ifashion(root: Path, part: str, group: str) -> Iterator[tuple[str, Labels]]:
@@ -157,13 +157,13 @@ def _ifashion(root: Path, part: str, group: str) -> Iterator[tuple[str, Labels]]
     Both spellings are read: image_id and label_id (the data set's page) and imageId and labelId (Kaggle).
     """
     maps = ("iMat_fashion_2018_label_map_228.csv", "label_map_228.csv")
-    found = [root / name for name in maps if (root / name).exists()]
-    if not found:
+    label_maps = [root / name for name in maps if (root / name).exists()]
+    if not label_maps:
         raise FileNotFoundError(2, "missing", str(root / maps[0]))
-    with open(found[0], newline="", encoding="utf-8-sig") as file:
+    with open(label_maps[0], newline="", encoding="utf-8-sig") as file:
         names = {int(r["labelId"]): r["labelName"] for r in csv.DictReader(file) if r["taskName"].strip() == group}
     if not names:
-        raise ValueError(f"{found[0].name} names no label of the group {group!r}")
+        raise ValueError(f"{label_maps[0].name} names no label of the group {group!r}")
     lists = [root / name for name in ((f"{part}.json", "validation.json") if part == "val" else (f"{part}.json",))]
     listed = next((path for path in lists if path.exists()), lists[0])
     for item in json.loads(listed.read_text())["annotations"]:

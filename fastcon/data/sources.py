@@ -54,12 +54,12 @@ class Listing:
 
 def stamp(sources: Sequence[str]) -> str:
     """The cache key: a digest of everything visible of the sources without reading their bytes."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for source in sources:
-        seen.update(f"\0source {source}\0".encode(errors="surrogateescape"))
+        digest.update(f"\0source {source}\0".encode(errors="surrogateescape"))
         for line in _stat_lines(source):
-            seen.update(os.fsencode(line))
-    return seen.hexdigest()[:32]
+            digest.update(os.fsencode(line))
+    return digest.hexdigest()[:32]
 
 
 def read(sources: Sequence[str]) -> Listing:
@@ -107,8 +107,8 @@ def _stat_lines(source: str) -> Iterator[str]:
 
 def _expand(source: str) -> list[Path]:
     """Brace ranges {000..005} and lists {a,b} → existing paths."""
-    found = re.search(r"\{([^{}]+)\}", source)
-    if not found:
+    braces = re.search(r"\{([^{}]+)\}", source)
+    if not braces:
         path = Path(source).expanduser()
         if not path.exists():
             raise FastconError(
@@ -116,21 +116,21 @@ def _expand(source: str) -> list[Path]:
                 "torchvision:NAME?root=…)"
             )
         return [path]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if span:
         low, high = span.groups()
         middle = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
     else:
-        middle = found[1].split(",")
-    before, after = source[: found.start()], source[found.end() :]
+        middle = braces[1].split(",")
+    before, after = source[: braces.start()], source[braces.end() :]
     return [path for part in middle for path in _expand(before + part + after)]
 
 
 def walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Every file under root in a fixed order, as (name relative to root, entry); one folder's names at a time."""
     with os.scandir(root / below if below else root) as entries:
-        here = sorted(entries, key=lambda entry: os.fsencode(entry.name))
-    for entry in here:
+        entries_in_order = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    for entry in entries_in_order:
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir():
             yield from walk(root, name)
@@ -215,16 +215,16 @@ class _Reader:
                 self.listing.skipped.append((name, f"cannot be read: {error.strerror}"))
 
 
-def _settle_classes(listing: Listing, found: dict[str, int]) -> None:
+def _settle_classes(listing: Listing, classes: dict[str, int]) -> None:
     """Number the classes in the order of their names; a single class around everything does not count as one."""
     counts = {stop - start for start, stop in zip([0, *listing.label_ends], listing.label_ends, strict=False)}
-    if len(found) < 2:
+    if len(classes) < 2:
         del listing.labels[:]
         listing.label_ends = array("q", [0]) * len(listing.label_ends)
         return
     listing.multi_label |= bool(counts - {0, 1})
-    listing.classes = sorted(found)
-    number = {found[name]: index for index, name in enumerate(listing.classes)}
+    listing.classes = sorted(classes)
+    number = {classes[name]: index for index, name in enumerate(listing.classes)}
     listing.labels = array("i", (number[label] for label in listing.labels))
 
 

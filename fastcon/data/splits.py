@@ -103,8 +103,8 @@ def split_classes(classes: Sequence[str], split: str, seed: int) -> list[str]:
 
 def parse_split(text: str) -> tuple[str | None, int, int]:
     """none, t, d, or a part of one as t2/5 → ("t", "d" or None, which part, of how many). Raises UsageError."""
-    found = _SPLIT.fullmatch(text)
-    which, part, parts = (found[1], int(found[2] or 1), int(found[3] or 1)) if found else (None, 1, 0)
+    match = _SPLIT.fullmatch(text)
+    which, part, parts = (match[1], int(match[2] or 1), int(match[3] or 1)) if match else (None, 1, 0)
     if not part <= parts:
         raise UsageError(f"`split` {text!r} is neither none, t, d nor a part of one, as t2/5")
     return which, part, parts
@@ -152,13 +152,13 @@ def of_classes(
 
 def _multi_label(manifest: Manifest, classes: Sequence[str], within: NDArray[np.intp] | None) -> Subset:
     indices = np.arange(len(manifest)) if within is None else within
-    known = {name: k for k, name in enumerate(manifest.classes)}
+    column_of = {name: k for k, name in enumerate(manifest.classes)}
     labels = np.zeros((len(indices), len(classes)), dtype=np.int64)
     for k, name in enumerate(classes):
-        if name in known and manifest.multi_hot.shape[1]:
-            labels[:, k] = manifest.multi_hot[indices, known[name]]
-        elif name in known:
-            labels[:, k] = manifest.labels[indices] == known[name]
+        if name in column_of and manifest.multi_hot.shape[1]:
+            labels[:, k] = manifest.multi_hot[indices, column_of[name]]
+        elif name in column_of:
+            labels[:, k] = manifest.labels[indices] == column_of[name]
     return Subset(manifest, indices, labels, tuple(classes))
 
 

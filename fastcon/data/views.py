@@ -90,8 +90,8 @@ def boxes(
     """
     out = np.empty((len(ids), 4), dtype=np.int32)
     for start in range(0, len(ids), _BLOCK):
-        here = slice(start, start + _BLOCK)
-        out[here] = _boxes(seed, ids[here], view, widths[here], heights[here], scale, ratio)
+        block = slice(start, start + _BLOCK)
+        out[block] = _boxes(seed, ids[block], view, widths[block], heights[block], scale, ratio)
     return out
 
 

@@ -31,9 +31,9 @@ def measure(student: Classifier, pixels: Tensor, precision: str, cores: Cores) -
 
 def say(rates: dict[str, float]) -> str:
     """The measurements on one line."""
-    own = rates[""]
+    base = rates[""]
     name, rate = max(rates.items(), key=lambda item: item[1])
-    if rate < WORTH * own:
+    if rate < WORTH * base:
         tried = ", ".join(name for name in rates if name)
-        return f"nothing that was tried ({tried}) is faster than {own:.0f} images/s"
-    return f"{name}: {rate:.0f} images/s instead of {own:.0f}, as measured here"
+        return f"nothing that was tried ({tried}) is faster than {base:.0f} images/s"
+    return f"{name}: {rate:.0f} images/s instead of {base:.0f}, as measured here"

@@ -259,16 +259,16 @@ class LogitCache:
         chunk_of, inside = np.divmod(rows, self._store.recipe.chunk_rows)
         bounds = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
         runs = [(int(chunk_of[a]), slice(a, b), _as_slice(inside[a:b])) for a, b in itertools.pairwise(bounds)]
-        found = [{chunk: self._get(name, view, chunk) for chunk, *_ in runs} for name in self._names]
-        dtype = np.result_type(*(parts["logits"].dtype for chunks in found for parts in chunks.values()))
+        chunks_of = [{chunk: self._get(name, view, chunk) for chunk, *_ in runs} for name in self._names]
+        dtype = np.result_type(*(parts["logits"].dtype for chunks in chunks_of for parts in chunks.values()))
         logits = np.empty((len(rows), sum(self._widths)), dtype=dtype)
         scales = np.empty((len(rows), len(self._names), 2), dtype=np.float32)
         at = 0
-        for k, (chunks, width) in enumerate(zip(found, self._widths, strict=True)):
-            for chunk, here, taken in runs:
-                logits[here, at : at + width] = chunks[chunk]["logits"][taken]
+        for k, (chunks, width) in enumerate(zip(chunks_of, self._widths, strict=True)):
+            for chunk, rows_of_run, taken in runs:
+                logits[rows_of_run, at : at + width] = chunks[chunk]["logits"][taken]
                 if self._as_bytes:
-                    scales[here, k] = chunks[chunk]["scales"][taken]
+                    scales[rows_of_run, k] = chunks[chunk]["scales"][taken]
             at += width
         values = torch.from_numpy(logits)
         return QuantisedLogits(values, torch.from_numpy(scales)) if self._as_bytes else values
@@ -293,13 +293,13 @@ def _on(device: torch.device, rows: Iterator[_Rows]) -> Iterator[tuple[_Rows, to
     if device.type != "cuda":
         yield from ((row, None) for row in rows)
         return
-    own = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)
     for stacked, indices, labels in rows:
-        with torch.cuda.stream(own):
-            there = [tensor.pin_memory().to(device, non_blocking=True) for tensor in _tensors(stacked, labels)]
-            done = own.record_event()
-        labels = None if labels is None else there.pop()
-        yield (there[0] if isinstance(stacked, Tensor) else QuantisedLogits(*there), indices, labels), done
+        with torch.cuda.stream(stream):
+            moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in _tensors(stacked, labels)]
+            done = stream.record_event()
+        labels = None if labels is None else moved.pop()
+        yield (moved[0] if isinstance(stacked, Tensor) else QuantisedLogits(*moved), indices, labels), done
 
 
 def _tensors(stacked: Tensor | QuantisedLogits, labels: Tensor | None) -> list[Tensor]:

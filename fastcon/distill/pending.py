@@ -21,18 +21,18 @@ class Pending:
     @torch.inference_mode()
     def __init__(self, raw: Tensor, logits: str) -> None:
         """raw: float32 [B, C]; logits: the codec's name."""
-        found = codec(logits).encode(raw)
-        numbers = [part for part in found.values() if part.is_floating_point()]
+        parts = codec(logits).encode(raw)
+        numbers = [part for part in parts.values() if part.is_floating_point()]
         self.dtype = str(numbers[0].dtype).removeprefix("torch.")
         """Of the first part that holds floats."""
-        found["finite"] = torch.stack([part.isfinite().all(1) for part in numbers]).all(0)
+        parts["finite"] = torch.stack([part.isfinite().all(1) for part in numbers]).all(0)
         self._there: torch.cuda.Event | None = None
         if raw.is_cuda:
-            found = {name: _to_pinned(part) for name, part in found.items()}
+            parts = {name: _to_pinned(part) for name, part in parts.items()}
             self._there = torch.cuda.Event()
             self._there.record(torch.cuda.current_stream(raw.device))
-        self._finite = found.pop("finite")
-        self._parts = found
+        self._finite = parts.pop("finite")
+        self._parts = parts
 
     def parts(self) -> Parts:
         """The parts, once they have arrived."""

@@ -274,14 +274,14 @@ def fill(
 
         def started() -> Iterator[tuple[Planned, dict[str, Pending]]]:
             """Every batch, launched on all teachers that lack it before the first is waited for."""
-            for here, pixels in zip(planned, decoded, strict=True):
+            for plan, pixels in zip(planned, decoded, strict=True):
                 with cores.turn():
                     batch = {
                         name: Pending(run(pixels[run.size]), store.teachers[name].logits)
                         for name, run in runs.items()
-                        if missing[name][here[:2]]
+                        if missing[name][plan[:2]]
                     }
-                yield here, batch
+                yield plan, batch
 
         for (view, chunk, rows), batch in one_late(started()):
             for name, pending in batch.items():

@@ -160,12 +160,12 @@ def _shards(store: Store) -> Check:
 def _counted(store: Store, what: str, damaged: Damaged, unfinished: list[bake.Place], done: str) -> str:
     """How many chunks or shards are whole, not done yet, damaged, and how the first of those is."""
     total = store.views * store.chunks
-    seen = f"{total - len(damaged) - len(unfinished)} of {total} {what} whole"
+    text = f"{total - len(damaged) - len(unfinished)} of {total} {what} whole"
     if unfinished:
-        seen += f", {len(unfinished)} not {done} yet"
+        text += f", {len(unfinished)} not {done} yet"
     if damaged:
-        seen += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-    return seen
+        text += f"; damaged: {damaged[0][1]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+    return text
 
 
 def _baked(store: Store, manifest: Manifest, rows: int, machine: Machine, seed: int) -> Check:
@@ -184,8 +184,8 @@ def _baked(store: Store, manifest: Manifest, rows: int, machine: Machine, seed: 
         np.abs(np.subtract(*(np.asarray(rgb(data), dtype=np.int16) for data in pair))).mean()
         for pair in zip(stored, made, strict=True)
     )
-    seen = f"{len(chosen)} views baked again: {sum(a == b for a, b in zip(stored, made, strict=True))} the same bytes"
-    return Check("baked", difference <= 2, f"{seen}, pixels within {difference:.2f} of 255 on average (at most 2)")
+    text = f"{len(chosen)} views baked again: {sum(a == b for a, b in zip(stored, made, strict=True))} the same bytes"
+    return Check("baked", difference <= 2, f"{text}, pixels within {difference:.2f} of 255 on average (at most 2)")
 
 
 def _repair_shards(store: Store, manifest: Manifest, machine: Machine) -> None:
@@ -289,16 +289,16 @@ def _compared(store: Store, manifest: Manifest, name: str, rows: int, machine: M
     machine = _as_computed(store, name, machine)
     places = np.arange(store.views * store.rows, dtype=np.uint64)
     view_of, row_of = np.divmod(places, np.uint64(store.rows))
-    there = store.done(name)[view_of, row_of // np.uint64(store.recipe.chunk_rows)]
-    order = views.permutation(seed, places[there], 0, views.SAMPLE)
-    view_of, row_of = np.divmod(np.sort(places[there][order[:rows]]).astype(np.int64), store.rows)
+    stored_rows = store.done(name)[view_of, row_of // np.uint64(store.recipe.chunk_rows)]
+    order = views.permutation(seed, places[stored_rows], 0, views.SAMPLE)
+    view_of, row_of = np.divmod(np.sort(places[stored_rows][order[:rows]]).astype(np.int64), store.rows)
     kind, classes = store.teachers[name].kind, len(store.teachers[name].classes)
     stored = np.stack([_row(store, name, int(v), int(r)) for v, r in zip(view_of, row_of, strict=True)])
     computed = store.codec(name).decode(_parts(store, manifest, teacher, view_of, row_of, machine), classes)
     kl, same = _compare(torch.from_numpy(stored), torch.from_numpy(computed), kind)
     limit = LARGEST_KL[machine.precision] + store.codec(name).largest_kl
-    seen = f"{len(stored)} rows computed again: KL {kl:.1e} nats (at most {limit:.0e}), same argmax {same:.1%}"
-    return Check(f"{name}: rows", kl <= limit and same >= 0.95, seen)
+    text = f"{len(stored)} rows computed again: KL {kl:.1e} nats (at most {limit:.0e}), same argmax {same:.1%}"
+    return Check(f"{name}: rows", kl <= limit and same >= 0.95, text)
 
 
 def _row(store: Store, name: str, view: int, row: int) -> NDArray:
@@ -320,8 +320,8 @@ def _parts(
     size = teacher.model.size
     decoded = decode(replay.images, requests, [size], batch_size, machine)
     run = Frozen(teacher.model, machine, batch_size)  # uncompiled, even if the rows come from the compiled network
-    found = [Pending(run(pixels[size]), record.logits).parts() for pixels in decoded]
-    return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
+    batches = [Pending(run(pixels[size]), record.logits).parts() for pixels in decoded]
+    return {part: np.concatenate([parts[part] for parts in batches]) for part in batches[0]}
 
 
 def _compare(stored: torch.Tensor, computed: torch.Tensor, kind: str) -> tuple[float, float]:

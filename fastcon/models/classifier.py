@@ -117,8 +117,8 @@ class Classifier(nn.Module):
 
     def has_statistics(self) -> bool:
         """Whether batch-norms hold learned statistics rather than their initial ones; True without any."""
-        found = [value for name, value in self.named_buffers() if name.endswith("running_var")]
-        return not found or any(bool((value != 1).any()) for value in found)
+        variances = [value for name, value in self.named_buffers() if name.endswith("running_var")]
+        return not variances or any(bool((value != 1).any()) for value in variances)
 
     def set_size(self, size: int) -> None:
         """Accept images of another side length. Raises FastconError for a network that cannot."""
@@ -129,8 +129,8 @@ class Classifier(nn.Module):
 
     def try_once(self, origin: str) -> None:
         """Run one image through, so that a network that cannot work fails before anything is written. Raises FastconError."""
-        layer, seen, training = self.head_module, [], self.training
-        hook = layer.register_forward_hook(lambda module, given, out: seen.append(out))
+        layer, outputs, training = self.head_module, [], self.training
+        hook = layer.register_forward_hook(lambda module, given, out: outputs.append(out))
         pixels = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self._scale.device)
         try:
             with torch.no_grad():
@@ -143,16 +143,16 @@ class Classifier(nn.Module):
         finally:
             hook.remove()
             self.train(training)
-        self._check_logits(out, seen, origin)
+        self._check_logits(out, outputs, origin)
 
-    def _check_logits(self, out: object, seen: list[Tensor], origin: str) -> None:
+    def _check_logits(self, out: object, outputs: list[Tensor], origin: str) -> None:
         """Whether the network returns the logits that its classifying layer makes."""
-        wanted = (1, sum(len(head.classes) for head in self.heads))
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if found != wanted or not isinstance(out, Tensor):
-            raise FastconError(f"{origin} returns {found}, not logits of shape {wanted}: {NO_CLASSIFIER}")
+        expected = (1, sum(len(head.classes) for head in self.heads))
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if shape != expected or not isinstance(out, Tensor):
+            raise FastconError(f"{origin} returns {shape}, not logits of shape {expected}: {NO_CLASSIFIER}")
         linear = isinstance(self.head_module.layer, nn.Linear)
-        if not seen or (linear and not torch.equal(seen[-1].reshape(-1), out.float().reshape(-1))):
+        if not outputs or (linear and not torch.equal(outputs[-1].reshape(-1), out.float().reshape(-1))):
             raise FastconError(
                 f"what {origin} returns is not what its last layer, {self.head_path}, computes: {NO_CLASSIFIER}"
             )
@@ -191,8 +191,8 @@ class Classifier(nn.Module):
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All parameters but the heads'."""
-        own = {id(p) for p in self.head_module.parameters()}
-        return [p for p in self.parameters() if id(p) not in own]
+        in_heads = {id(p) for p in self.head_module.parameters()}
+        return [p for p in self.parameters() if id(p) not in in_heads]
 
     def replace_heads(self, heads: Sequence[Head], *, keep: Mapping[str, int], seed: int) -> None:
         """Replace the heads. `keep`: head name → position of the present head whose weights it takes.
@@ -207,8 +207,8 @@ class Classifier(nn.Module):
             for head in heads:
                 fresh = _like(old, len(head.classes))
                 if head.name in keep:
-                    here = slice(starts[keep[head.name]], starts[keep[head.name] + 1])
-                    weight, bias = old.weight[here], None if old.bias is None else old.bias[here]
+                    columns = slice(starts[keep[head.name]], starts[keep[head.name] + 1])
+                    weight, bias = old.weight[columns], None if old.bias is None else old.bias[columns]
                 else:
                     weight, bias = fresh.weight, fresh.bias
                 weights.append(weight.detach().to(old.weight.device))
@@ -288,17 +288,17 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 def head_path(net: nn.Module, origin: str) -> str:
     """Where the classifying layer is: the last Linear, or the last Conv2d of a network without any."""
-    found = [name for name, module in net.named_modules() if isinstance(module, Heads)]
-    if not found and hasattr(net, "get_classifier"):  # timm names it
+    paths = [name for name, module in net.named_modules() if isinstance(module, Heads)]
+    if not paths and hasattr(net, "get_classifier"):  # timm names it
         layer = net.get_classifier()  # type: ignore[operator]
-        found = [name for name, module in net.named_modules() if module is layer]
-        if not found or not isinstance(layer, nn.Linear | nn.Conv2d):
+        paths = [name for name, module in net.named_modules() if module is layer]
+        if not paths or not isinstance(layer, nn.Linear | nn.Conv2d):
             raise FastconError(f"{origin} has no classifying layer, or several: {NO_CLASSIFIER}")
     for kind in (nn.Linear, nn.Conv2d):
-        found = found or [name for name, module in net.named_modules() if isinstance(module, kind) and name]
-    if not found:
+        paths = paths or [name for name, module in net.named_modules() if isinstance(module, kind) and name]
+    if not paths:
         raise FastconError(f"{origin} has no Linear or Conv2d layer that could be its head")
-    return found[-1]
+    return paths[-1]
 
 
 def _like(layer: nn.Linear | nn.Conv2d, classes: int) -> nn.Linear | nn.Conv2d:

@@ -75,8 +75,8 @@ def _ways_to_weights(architecture: str) -> str:
     elif architecture.startswith("torchvision:"):
         from torchvision import models
 
-        known = models.get_model_weights(architecture.removeprefix("torchvision:"))
-        ways[:0] = [f"{architecture}@{weights.name}" for weights in known]
+        enum = models.get_model_weights(architecture.removeprefix("torchvision:"))
+        ways[:0] = [f"{architecture}@{weights.name}" for weights in enum]
     return "say " + ", ".join(ways[:-1]) + f", or {ways[-1]}"
 
 
@@ -142,8 +142,8 @@ def _classifies(net: Any) -> bool:
     """Whether the pretrained weights of a timm network include a classifier: DINO has none, CLIP's is a projection."""
     config = net.pretrained_cfg
     contrastive = "clip" in f"{config.get('architecture')}.{config.get('tag')}"
-    known = optional_import("timm.data", "timm").infer_imagenet_subset(config) is not None
-    return config["num_classes"] > 0 and (known or not contrastive)
+    of_imagenet = optional_import("timm.data", "timm").infer_imagenet_subset(config) is not None
+    return config["num_classes"] > 0 and (of_imagenet or not contrastive)
 
 
 def _check_architecture(architecture: str) -> None:
@@ -156,9 +156,9 @@ def _check_architecture(architecture: str) -> None:
     if architecture.startswith("torchvision:"):
         from torchvision import models
 
-        name, known = architecture.removeprefix("torchvision:"), models.list_models(module=models)
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 3)
+        name, names = architecture.removeprefix("torchvision:"), models.list_models(module=models)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 3)
             raise FastconError(
                 f"torchvision has no classifier {name!r}" + (f"; close: {', '.join(close)}" if close else "")
             )
@@ -323,15 +323,15 @@ def _load_state(net: nn.Module, path: str, architecture: str, state: State, side
         net = build(architecture, weight.shape[0])
     if any(key in state and state[key].shape != value.shape for key, value in net.state_dict().items()):
         resize(net, side, origin)
-    own = net.state_dict()
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux", "AuxLogits"))}
-    state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
+    expected = net.state_dict()
+    state = {k: v for k, v in state.items() if k in expected or not k.startswith(("aux", "AuxLogits"))}
+    state = {k: v for k, v in state.items() if k in expected or not k.endswith("num_batches_tracked")}
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
     shapes = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
         for k in state
-        if k in own and state[k].shape != own[k].shape
+        if k in expected and state[k].shape != expected[k].shape
     ]
     if missing or unexpected or shapes:
         problems = [
@@ -340,8 +340,8 @@ def _load_state(net: nn.Module, path: str, architecture: str, state: State, side
             if keys
         ]
         raise FastconError(f"the weights of {origin} do not fit {architecture}: {'; '.join(problems)}")
-    own.update(state)  # the network's own dict, since it carries the version that MNASNet asks for
-    net.load_state_dict(own)
+    expected.update(state)  # the network's own dict, since it carries the version that MNASNet asks for
+    net.load_state_dict(expected)
     return net
 
 

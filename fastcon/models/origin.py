@@ -20,20 +20,20 @@ def origin(spec: str) -> dict[str, Any]:
     other options ("recipe"). Runs whose lineages differ in seeds alone repeat one another.
     """
     path = Path(spec.split("?")[0])
-    known = {"name": path.name or spec, "method": "generalist", "teachers": []}
+    facts = {"name": path.name or spec, "method": "generalist", "teachers": []}
     config = _config(path)
     if config is None:
-        return known | {"name": spec.split("/")[-1] or spec}
+        return facts | {"name": spec.split("/")[-1] or spec}
     if config.get("command") == "train":
         store = config["store"]
         teachers = [name for name in store["teachers"] if name != store["generalist"]]
         method = {"consolidate": "consolidated"}.get(config["method"], config["method"])
-        return known | {"method": method, "teachers": teachers} | _student_lineage(config, teachers)
+        return facts | {"method": method, "teachers": teachers} | _student_lineage(config, teachers)
     if config.get("command") in ("teach", "finetune"):
         task = config["data"].get("task") or task_name(config["data"]["train"])
         lineage = {"seed": config.get("seed", 0), "teachers": [taught(spec)], "recipe": _recipe(config)}
-        return known | {"method": "teacher", "teachers": [task], "lineage": lineage}
-    return known
+        return facts | {"method": "teacher", "teachers": [task], "lineage": lineage}
+    return facts
 
 
 def taught(spec: str) -> dict[str, Any]:

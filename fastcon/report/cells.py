@@ -140,10 +140,10 @@ class Cell:
         Within a run over its draws, paired. Of several runs their mean differences are the units (see `_spread`); the
         base's run of the same split and seed counts, else the mean of those with the same draws.
         """
-        found = [(part.split, part.seed, *_difference(part, base)) for part in self.parts]
-        if len(found) == 1:
-            return found[0][2:]
-        return _spread([(split, seed, mean) for split, seed, mean, _ in found])
+        differences = [(part.split, part.seed, *_difference(part, base)) for part in self.parts]
+        if len(differences) == 1:
+            return differences[0][2:]
+        return _spread([(split, seed, mean) for split, seed, mean, _ in differences])
 
 
 def _difference(part: Part, base: Cell) -> tuple[float, float | None]:
@@ -189,10 +189,10 @@ class Table:
 
     def add(self, row: Representation, task: str, part: Part, source: str, split: str = "none") -> None:
         """Put a cell; raises FastconError where it is taken by another value, or by a row of another kind."""
-        known = self.rows.setdefault(row.label, row)
-        if known != row:
+        present = self.rows.setdefault(row.label, row)
+        if present != row:
             raise FastconError(
-                f"{source}: {row.label!r} is {row.method}, another result says {known.method}: name them apart"
+                f"{source}: {row.label!r} is {row.method}, another result says {present.method}: name them apart"
             )
         self._put(row, task, part, source)
         self.tasks += [task] if task not in self.tasks else []

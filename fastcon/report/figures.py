@@ -66,13 +66,13 @@ def _offset(k: int, tasks: list[str]) -> float:
 def _marks(axes: Any, table: Table, row: Representation, y: int, aliases: dict[str, set[str]]) -> None:
     """A row's marks, one per task that it differs from the generalist on."""
     for k, task in enumerate(table.tasks):
-        found = table.difference(row.label, task)
-        if found is None:
+        gain = table.difference(row.label, task)
+        if gain is None:
             continue
         related = row.related(task, aliases)
         colour = RELATED if related else UNRELATED
         axes.errorbar(
-            found[0], y + _offset(k, table.tasks), xerr=found[1], marker=_MARKS[k % len(_MARKS)], ms=6, mec=colour,
+            gain[0], y + _offset(k, table.tasks), xerr=gain[1], marker=_MARKS[k % len(_MARKS)], ms=6, mec=colour,
             mfc=colour if related else "none", ecolor=colour, elinewidth=1, mew=1.3, ls="",
         )  # fmt: skip
 

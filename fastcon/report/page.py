@@ -377,8 +377,8 @@ def _remake(results: Results, paths: Sequence[str], out: str) -> list[str]:
 def _command(config: dict[str, Any]) -> str:
     """The command that made a result, as it says itself."""
     argv = config.get("argv")
-    known = isinstance(argv, list) and all(isinstance(word, str) for word in argv)
-    return shlex.join(["fastcon", *argv]) if known else ""  # type: ignore[misc]
+    recorded = isinstance(argv, list) and all(isinstance(word, str) for word in argv)
+    return shlex.join(["fastcon", *argv]) if recorded else ""  # type: ignore[misc]
 
 
 def _file_name(title: str) -> str:

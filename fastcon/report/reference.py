@@ -43,17 +43,17 @@ def compare(results: Results, reference: str, aliases: dict[str, set[str]]) -> l
     if reference.endswith(".json"):
         raise FastconError(f"{reference}: a reference is a CSV table, or a table of the paper")
     published = read([reference]).tables
-    found = [
+    comparisons = [
         _comparison(reference, table, results.tables[title], aliases)
         for title, table in published.items()
         if title in results.tables
     ]
-    if not found:
+    if not comparisons:
         raise FastconError(
             f"{reference} has accuracies of {' and '.join(published) or 'nothing'}; the results have "
             f"{' and '.join(results.tables) or 'none'}: nothing can be compared"
         )
-    return found
+    return comparisons
 
 
 def _comparison(reference: str, published: Table, table: Table, aliases: dict[str, set[str]]) -> Comparison:
@@ -86,17 +86,17 @@ def _comparison(reference: str, published: Table, table: Table, aliases: dict[st
 def _counterpart(row: Representation, published: Table, table: Table, aliases: dict[str, set[str]]) -> str | None:
     """Our row of the same lineage; of a best one, the best of ours among the same."""
     assert row.lineage is not None
-    wanted = row.lineage.key(published.network)
+    lineage = row.lineage.key(published.network)
     same = [
         label
         for label, r in table.rows.items()
-        if _key(table, label) == wanted and bool(r.best_of) == bool(row.best_of)
+        if _key(table, label) == lineage and bool(r.best_of) == bool(row.best_of)
     ]
     if same or not row.best_of:
         return same[0] if same else None
     keys = {label: _key(table, label) for label, r in table.rows.items() if r.lineage and not r.best_of}
-    among = [label for label, key in keys.items() if key[0] == wanted[0] and len(key[1]) == 1 and key[1] <= wanted[1]]
-    if len(among) < len(wanted[1]):
+    among = [label for label, key in keys.items() if key[0] == lineage[0] and len(key[1]) == 1 and key[1] <= lineage[1]]
+    if len(among) < len(lineage[1]):
         return None
     return table.best(row.label, among, aliases)
 

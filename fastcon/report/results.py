@@ -76,11 +76,11 @@ def read(paths: Sequence[str], generalist: str | None = None) -> Results:
 
 
 def _choose_generalist(results: Results, label: str) -> None:
-    found = [table for table in results.tables.values() if label in table.rows]
-    if not found:
+    tables = [table for table in results.tables.values() if label in table.rows]
+    if not tables:
         names = sorted({name for table in results.tables.values() for name in table.rows})
         raise FastconError(f"no result has a representation {label!r}; there are {', '.join(names) or 'none'}")
-    for table in found:
+    for table in tables:
         for name, row in table.rows.items():
             if row.method == "generalist" or name == label:
                 if name == label:
@@ -155,51 +155,51 @@ def _percent(text: str, path: Path, line: int) -> float:
 
 def _read_json(path: Path, results: Results) -> None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FastconError(f"{path} is no JSON result of fastcon ({error})") from error
-    kind = found.get("command") if isinstance(found, dict) else None
+    kind = result.get("command") if isinstance(result, dict) else None
     try:
         if kind == "probe":
-            protocol = _protocol(found, "linear SVM on all images", "-shot linear SVM")
-            for row in found["results"]:
-                _add_trials(path, found, row, protocol, results)
+            protocol = _protocol(result, "linear SVM on all images", "-shot linear SVM")
+            for row in result["results"]:
+                _add_trials(path, result, row, protocol, results)
         elif kind == "finetune":
-            protocol = _protocol(found, "fine-tuning on all images", "-shot fine-tuning")
-            _add_trials(path, found, found, protocol, results)
+            protocol = _protocol(result, "fine-tuning on all images", "-shot fine-tuning")
+            _add_trials(path, result, result, protocol, results)
         elif kind == "evaluate":
-            _add_upstream(path, found["model"], found, results)
+            _add_upstream(path, result["model"], result, results)
         else:
             raise FastconError(f"{path} is no result of probe, finetune or evaluate")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise FastconError(f"{path} is no whole result of {kind} ({error!r})") from error
-    results.sources.append((str(path), {k: v for k, v in found.items() if k != "results"}))
+    results.sources.append((str(path), {k: v for k, v in result.items() if k != "results"}))
 
 
-def _protocol(found: dict[str, Any], full: str, few: str) -> str:
+def _protocol(result: dict[str, Any], full: str, few: str) -> str:
     """What the table is called. A multi-label task of the usual 1,000 images stands among those of 5 shots."""
-    shots = found["shots"]
+    shots = result["shots"]
     if shots is None:
         return full
-    return f"{SHOTS if found.get('multi_label') and shots == MULTI_LABEL_SHOTS else shots}{few}"
+    return f"{SHOTS if result.get('multi_label') and shots == MULTI_LABEL_SHOTS else shots}{few}"
 
 
-def _add_trials(path: Path, found: dict[str, Any], row: dict[str, Any], protocol: str, results: Results) -> None:
+def _add_trials(path: Path, result: dict[str, Any], row: dict[str, Any], protocol: str, results: Results) -> None:
     how = ("train", "test", "holdout", "split", "split_seed", "seed", "shots", "trials", "train_images", "test_images")
-    draws = json.dumps([found.get(key) for key in how])
+    draws = json.dumps([result.get(key) for key in how])
     trials = tuple(100 * float(value) for value in row["accuracies"])
     representation = _representation(row["backbone"], row)
-    split, seed = _seeds(row, found)
+    split, seed = _seeds(row, result)
     part = Part(100 * float(row["accuracy"]), trials, 100 * float(row["ci95"]), draws, split, seed)
-    _table(results, protocol).add(representation, found["task"], part, str(path), found.get("split", "none"))
+    _table(results, protocol).add(representation, result["task"], part, str(path), result.get("split", "none"))
 
 
-def _add_upstream(path: Path, spec: str, found: dict[str, Any], results: Results) -> None:
+def _add_upstream(path: Path, spec: str, result: dict[str, Any], results: Results) -> None:
     """Accuracy of a head on its own task."""
-    row = _representation(spec, found)
-    task = found["task"] if "task" in found else row.teachers[0]
-    part = Part(100 * float(found["accuracy"]), (), None, "", *_seeds(row_facts(spec, found), found))
-    _table(results, UPSTREAM).add(row, task, part, str(path), found.get("split", "none"))
+    row = _representation(spec, result)
+    task = result["task"] if "task" in result else row.teachers[0]
+    part = Part(100 * float(result["accuracy"]), (), None, "", *_seeds(row_facts(spec, result), result))
+    _table(results, UPSTREAM).add(row, task, part, str(path), result.get("split", "none"))
 
 
 def row_facts(spec: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -207,33 +207,39 @@ def row_facts(spec: str, facts: dict[str, Any]) -> dict[str, Any]:
     return facts if "method" in facts else origin(spec)
 
 
-def _seeds(row: dict[str, Any], found: dict[str, Any]) -> tuple[int, int]:
+def _seeds(row: dict[str, Any], result: dict[str, Any]) -> tuple[int, int]:
     """Seeds of the class split and of the training behind a result: its teachers' split, else the task's."""
     lineage = row.get("lineage") or {}
     drawn = [teacher["split_seed"] for teacher in lineage.get("teachers", ()) if teacher.get("split", "none") != "none"]
-    split = drawn[0] if drawn else found.get("split_seed", 0) if found.get("split", "none") != "none" else 0
+    split = drawn[0] if drawn else result.get("split_seed", 0) if result.get("split", "none") != "none" else 0
     return split or 0, lineage.get("seed", 0)
 
 
 def _representation(spec: str, facts: dict[str, Any]) -> Representation:
-    known = row_facts(spec, facts)
-    lineage = _lineage(known["method"], known["lineage"]) if known.get("lineage") else None
-    if known["method"] == "generalist":
+    origin_facts = row_facts(spec, facts)
+    lineage = _lineage(origin_facts["method"], origin_facts["lineage"]) if origin_facts.get("lineage") else None
+    if origin_facts["method"] == "generalist":
         lineage = Lineage("generalist")
-    return Representation(known["name"], known["method"], tuple(known["teachers"]), lineage, facts.get("architecture"))
+    return Representation(
+        origin_facts["name"],
+        origin_facts["method"],
+        tuple(origin_facts["teachers"]),
+        lineage,
+        facts.get("architecture"),
+    )
 
 
-def _lineage(method: str, found: dict[str, Any]) -> Lineage:
+def _lineage(method: str, facts: dict[str, Any]) -> Lineage:
     teachers = [
-        Taught(str(t["task"]), str(t["split"]), t.get("architecture")) for t in found["teachers"] if t.get("task")
+        Taught(str(t["task"]), str(t["split"]), t.get("architecture")) for t in facts["teachers"] if t.get("task")
     ]
     return Lineage(
         method,
         frozenset(teachers),
-        found.get("proxy"),
-        found.get("balance"),
-        bool(found.get("labels", False)),
-        found.get("recipe"),
+        facts.get("proxy"),
+        facts.get("balance"),
+        bool(facts.get("labels", False)),
+        facts.get("recipe"),
     )
 
 
@@ -247,13 +253,13 @@ def _read_run(path: Path, results: Results) -> None:
                 raise ValueError("it has no metrics yet")
             results.runs.append(Trained(path.name, config, metrics, _seconds(path)))
         elif config["command"] == "finetune":
-            found = json.loads((path / "result.json").read_text()) | config["data"] | config
-            found |= {"backbone": config["init"], "train_images": None, "test_images": None}
-            protocol = _protocol(found, "fine-tuning on all images", "-shot fine-tuning")
-            _add_trials(path, found, found, protocol, results)
+            result = json.loads((path / "result.json").read_text()) | config["data"] | config
+            result |= {"backbone": config["init"], "train_images": None, "test_images": None}
+            protocol = _protocol(result, "fine-tuning on all images", "-shot fine-tuning")
+            _add_trials(path, result, result, protocol, results)
         else:
-            found = json.loads((path / "result.json").read_text())
-            _add_upstream(path, str(path), {"accuracy": found["accuracy"]}, results)
+            result = json.loads((path / "result.json").read_text())
+            _add_upstream(path, str(path), {"accuracy": result["accuracy"]}, results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastconError(f"{path} is no finished run of train, teach or finetune ({error})") from error
     results.sources.append((str(path), config))

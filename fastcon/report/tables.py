@@ -23,10 +23,10 @@ def best(table: Table, task: str) -> float | None:
 
 def difference(table: Table, label: str, task: str) -> str:
     """Points above the generalist with their 95 % interval: "+1.2 ± 0.3"; "" where there is nothing to compare."""
-    found = table.difference(label, task)
-    if found is None:
+    gain = table.difference(label, task)
+    if gain is None:
         return ""
-    return f"{found[0]:+.1f}" + ("" if found[1] is None else f" ± {found[1]:.1f}")
+    return f"{gain[0]:+.1f}" + ("" if gain[1] is None else f" ± {gain[1]:.1f}")
 
 
 def markdown(table: Table) -> str:
@@ -58,8 +58,8 @@ def comma_separated(table: Table) -> str:
         for task in table.tasks:
             cell = table.cells.get((label, task))
             if cell is not None:
-                found = table.difference(label, task) or (None, None)
-                writer.writerow([label, row.method, task, *(_number(v) for v in (cell.value, cell.ci95, *found))])
+                gain = table.difference(label, task) or (None, None)
+                writer.writerow([label, row.method, task, *(_number(v) for v in (cell.value, cell.ci95, *gain))])
     return out.getvalue()
 
 

@@ -64,8 +64,8 @@ def tally(table: Table, aliases: dict[str, set[str]]) -> list[Line]:
                 if label is None or base is None:
                     continue
                 tasks = [task for task in table.tasks if table.rows[label].related(task, aliases) == related]
-                found = [table.difference(label, task, base) for task in tasks]
-                values = [value[0] for value in found if value is not None]
+                differences_of_tasks = [table.difference(label, task, base) for task in tasks]
+                values = [value[0] for value in differences_of_tasks if value is not None]
                 if values:
                     differences.append((scenario, sum(values) / len(values)))
             if differences:
@@ -88,8 +88,8 @@ def scenarios(table: Table) -> dict[str, dict[str, str | None]]:
             continue
         scenario, kind = row.teachers[0], row.lineage.key(table.network) if row.lineage else row.label
         twice = kinds.setdefault((scenario, row.method), kind) != kind
-        known = chosen.setdefault(scenario, {})
-        known[row.method] = None if twice else known.get(row.method, row.label)
+        rows_of_scenario = chosen.setdefault(scenario, {})
+        rows_of_scenario[row.method] = None if twice else rows_of_scenario.get(row.method, row.label)
     return chosen
 
 

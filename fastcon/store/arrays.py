@@ -37,18 +37,18 @@ def group_at(path: str) -> Any:
         raise FastconError(f"{path} cannot be read ({one_line(error)})") from error
 
 
-def create(group: Any, name: str, here: Layout) -> Any:
+def create(group: Any, name: str, layout: Layout) -> Any:
     """Make an array of this layout, replacing an existing one."""
     return group.create_array(
         name,
         config={"write_empty_chunks": True},  # a chunk of zeros is not a missing chunk
-        shape=here.shape,
-        chunks=tuple(max(c, 1) for c in here.chunks),
-        dtype=here.dtype,
-        fill_value=here.fill,
+        shape=layout.shape,
+        chunks=tuple(max(c, 1) for c in layout.chunks),
+        dtype=layout.dtype,
+        fill_value=layout.fill,
         overwrite=True,
         filters=None,
-        serializer=BytesCodec(endian="little" if np.dtype(here.dtype).itemsize > 1 else None),
+        serializer=BytesCodec(endian="little" if np.dtype(layout.dtype).itemsize > 1 else None),
         compressors=Crc32cCodec(),
     )
 
@@ -60,23 +60,23 @@ def existing(group: Any, path: str, expected: Layout) -> Any:
     """
     with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros is not a missing chunk
         array = group[path]
-    found, implied = _fields(array.metadata.to_dict()), _fields(_metadata(expected))
+    fields, implied = _fields(array.metadata.to_dict()), _fields(_metadata(expected))
     if array.shape[0] > implied["shape"][0]:
-        found["shape"][0] = implied["shape"][0]
-    if found != implied:
+        fields["shape"][0] = implied["shape"][0]
+    if fields != implied:
         raise ValueError("its zarr.json is not what the record implies")
     return array
 
 
-def _metadata(here: Layout) -> dict[str, Any]:
+def _metadata(layout: Layout) -> dict[str, Any]:
     """The metadata of an array, as this version of Zarr has them."""
-    return create(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), "x", here).metadata.to_dict()
+    return create(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), "x", layout).metadata.to_dict()
 
 
-def array_file(here: Layout) -> bytes:
+def array_file(layout: Layout) -> bytes:
     """The zarr.json of an array."""
     memory = MemoryStore()
-    create(zarr.open_group(memory, mode="w", zarr_format=3), "x", here)
+    create(zarr.open_group(memory, mode="w", zarr_format=3), "x", layout)
     return memory._store_dict["x/zarr.json"].to_bytes()
 
 
@@ -97,9 +97,9 @@ def same_json(path: Path, expected: bytes) -> bool:
     A first axis that is longer than it must be is a growth that goes on, or was cut off: what it adds is not used.
     """
     try:
-        found, implied = (json.loads(data, parse_float=str, parse_int=str) for data in (path.read_bytes(), expected))
-        if implied.get("shape") and int(found["shape"][0]) > int(implied["shape"][0]):
-            found["shape"][0] = implied["shape"][0]
+        value, implied = (json.loads(data, parse_float=str, parse_int=str) for data in (path.read_bytes(), expected))
+        if implied.get("shape") and int(value["shape"][0]) > int(implied["shape"][0]):
+            value["shape"][0] = implied["shape"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False
-    return found == implied
+    return value == implied

@@ -137,10 +137,10 @@ class TeacherRecord:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values if value is not None}
 
     @classmethod
-    def parse(cls, found: dict[str, Any]) -> TeacherRecord:
+    def parse(cls, record: dict[str, Any]) -> TeacherRecord:
         """The record that `json` wrote. Raises TypeError for another."""
-        lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
-        return cls(**{**found, **lists})
+        lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
+        return cls(**{**record, **lists})
 
     def same_network(self, other: TeacherRecord) -> list[str]:
         """What differs between two records of one teacher, where it was computed or kept aside."""
@@ -177,16 +177,16 @@ class Record:
         return values | {"digest": record_digest(values)}
 
     @classmethod
-    def parse(cls, found: dict[str, Any]) -> Record:
+    def parse(cls, fields: dict[str, Any]) -> Record:
         """The record that `json` wrote. Raises some exception for one that is malformed or impossible."""
         record = cls(
-            Recipe.from_record(found["recipe"]),
-            found["pipeline"],
-            ImagesRecord(**found["images"]),
-            found["views"],
-            found["view_digests"],
-            found["samples_digest"],
-            {name: TeacherRecord.parse(teacher) for name, teacher in found["teachers"].items()},
+            Recipe.from_record(fields["recipe"]),
+            fields["pipeline"],
+            ImagesRecord(**fields["images"]),
+            fields["views"],
+            fields["view_digests"],
+            fields["samples_digest"],
+            {name: TeacherRecord.parse(teacher) for name, teacher in fields["teachers"].items()},
         )
         if not (0 < record.images.count <= LARGEST and record.views == len(record.view_digests)):
             raise ValueError(f"{record.images.count:,} images, {record.views} views")

@@ -146,20 +146,20 @@ class Store:
         if expected < 0:
             raise FastconError(f"{where} is not computed yet: run `fastcon precompute` again, it resumes")
         parts: Parts = {}
-        seen = 0
+        crc = 0
         for part in self.codec(name).parts(len(self.teachers[name].classes)):
             array = self._array(self._path(name, part))
             try:
-                rows, own = self._read_chunk(array, view, chunk)
+                rows, crc_of_rows = self._read_chunk(array, view, chunk)
             except FileNotFoundError:
                 raise FastconError(f"{where} is missing: `fastcon verify --repair` computes it again") from None
             except Exception as error:
                 raise FastconError(
                     f"{where} is damaged ({one_line(error)}): `fastcon verify --repair` computes it again"
                 ) from error
-            seen = checksum(rows, seen) if parts else own
+            crc = checksum(rows, crc) if parts else crc_of_rows
             parts[part] = rows
-        if seen != expected:
+        if crc != expected:
             raise FastconError(
                 f"{where} is missing or holds other rows than were written: `fastcon verify --repair` computes it again"
             )
@@ -179,11 +179,11 @@ class Store:
         """
         start, stop = self.chunk_range(chunk)
         if is_url(self.path):
-            found = np.ascontiguousarray(array[view, start:stop])
-            return found, checksum(found)
-        here = self.layout[array.path]
-        rows, width = here.chunks[1:]
-        data = np.empty((rows, width), here.dtype)
+            values = np.ascontiguousarray(array[view, start:stop])
+            return values, checksum(values)
+        layout = self.layout[array.path]
+        rows, width = layout.chunks[1:]
+        data = np.empty((rows, width), layout.dtype)
         tail = bytearray(5)  # a file that is too long fills it
         file = os.path.join(self.path, array.path, f"c/{view}/{chunk}/0")
         fd = os.open(file, os.O_RDONLY)
@@ -195,11 +195,11 @@ class Store:
             read = np.fromfile(file, dtype=np.uint8)
             if len(read) != data.nbytes + 4:
                 raise FastconError(f"{len(read)} bytes long")
-            data, tail = read[:-4].view(here.dtype).reshape(rows, width), bytearray(read[-4:])
-        own = checksum(data)
-        if tail[:4] != own.to_bytes(4, "little"):
+            data, tail = read[:-4].view(layout.dtype).reshape(rows, width), bytearray(read[-4:])
+        crc = checksum(data)
+        if tail[:4] != crc.to_bytes(4, "little"):
             raise FastconError("its CRC-32C differs")
-        return data[: stop - start], own if stop - start == rows else checksum(data[: stop - start])
+        return data[: stop - start], crc if stop - start == rows else checksum(data[: stop - start])
 
     def baked(self) -> NDArray[np.bool_]:
         """Which shards of baked views are written: bool [V, chunks]."""
@@ -218,12 +218,12 @@ class Store:
         if checksum(data) != expected:
             raise FastconError(f"{path} is damaged: `fastcon verify --repair` bakes it again")
         start, stop = self.chunk_range(chunk)
-        found, at = [], 0
+        files, at = [], 0
         for _ in range(start, stop):  # a tar of our own making: a header, then the file, in blocks of 512
             size = int(data[at + 124 : at + 135].tobytes(), 8)
-            found.append(data[at + 512 : at + 512 + size])
+            files.append(data[at + 512 : at + 512 + size])
             at += 512 + size + -size % 512
-        return found
+        return files
 
     def _shard_path(self, view: int, chunk: int) -> str:
         return os.path.join(self.path, f"shards/view-{view:03d}/chunk-{chunk:05d}.tar")
@@ -245,22 +245,22 @@ class Store:
         if manifest.digest == self.record.images.digest:
             return
         ids, digests = self.image_columns()
-        here = (
+        counts = (
             f"the store was made from {self.rows:,} images (digest {self.record.images.digest[:12]}), these are "
             f"{len(manifest):,} (digest {manifest.digest[:12]})"
         )
         way = "give the images it was made from, or make a new store"
-        known = {int(i): k for k, i in enumerate(manifest.ids)}
+        place_of = {int(i): k for k, i in enumerate(manifest.ids)}
         for k, image in enumerate(ids):
-            other = known.get(int(image))
+            other = place_of.get(int(image))
             if other is None:
-                raise FastconError(f"{here}: {self.image_name(k)!r} is gone; {way}")
+                raise FastconError(f"{counts}: {self.image_name(k)!r} is gone; {way}")
             if manifest.digests[other].tobytes() != digests[k].tobytes():
-                raise FastconError(f"{here}: {self.image_name(k)!r} has other content; {way}")
+                raise FastconError(f"{counts}: {self.image_name(k)!r} has other content; {way}")
         kept = set(ids.tolist())
         extra = next((k for k, image in enumerate(manifest.ids.tolist()) if image not in kept), None)
         what = "the images come in another order" if extra is None else f"{manifest.name(extra)!r} is new"
-        raise FastconError(f"{here}: {what}; {way}")
+        raise FastconError(f"{counts}: {what}; {way}")
 
     def _path(self, name: str, part: str) -> str:
         if name not in self.teachers:
@@ -281,13 +281,15 @@ class Store:
 
     def _read(self, path: str, index: int | None = None) -> NDArray[Any]:
         """An array's values. Damaged data raise; missing data too, except checksums, which then say "not done"."""
-        array, here = self._array(path), self.layout[path]
+        array, layout = self._array(path), self.layout[path]
         try:
-            if here.fill == 0 and not is_url(self.path):  # Zarr would return zeros
-                numbers = range(-(-here.shape[0] // here.chunks[0])) if index is None else [index // here.chunks[0]]
+            if layout.fill == 0 and not is_url(self.path):  # Zarr would return zeros
+                numbers = (
+                    range(-(-layout.shape[0] // layout.chunks[0])) if index is None else [index // layout.chunks[0]]
+                )
                 for number in numbers:
-                    os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(here.shape) - 1)))
-            return np.ascontiguousarray(array[: here.shape[0]] if index is None else array[index])
+                    os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(layout.shape) - 1)))
+            return np.ascontiguousarray(array[: layout.shape[0]] if index is None else array[index])
         except Exception as error:
             raise FastconError(
                 f"{self.path}: array {path!r} is missing or damaged ({_reason(error)}); `fastcon verify --repair` mends "
@@ -308,10 +310,10 @@ class Store:
     def metadata_files(self) -> dict[str, bytes]:
         """Name → bytes of every metadata file of the store, as they must be."""
         files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()}), COPY: record_file(self.record)}
-        for path, here in self.layout.items():
+        for path, array_layout in self.layout.items():
             parts = path.split("/")
             files |= {"/".join([*parts[:k], "zarr.json"]): arrays.group_file({}) for k in range(1, len(parts))}
-            files[f"{path}/zarr.json"] = arrays.array_file(here)
+            files[f"{path}/zarr.json"] = arrays.array_file(array_layout)
         return files
 
 

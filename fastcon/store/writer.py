@@ -50,9 +50,9 @@ class StoreWriter(Store):
         """Record the order, boxes and flips of views up to `view_count`, where they are not there yet."""
         digests = list(self.record.view_digests)
         grown = dataclasses.replace(self.record, views=view_count, view_digests=digests)
-        for path, here in layout(grown).items():
-            if here.shape[0] != self.layout[path].shape[0]:
-                self._array(path).resize(here.shape)
+        for path, array_layout in layout(grown).items():
+            if array_layout.shape[0] != self.layout[path].shape[0]:
+                self._array(path).resize(array_layout.shape)
         for view in range(self.views, view_count):
             made = make_view(self.recipe, manifest, view)
             for name in VIEW_COLUMNS:
@@ -78,8 +78,8 @@ class StoreWriter(Store):
     def forget(self, name: str) -> None:
         """Remove a teacher: first its entry in the record, atomically, then its arrays. Raises FastconError."""
         if name not in self.teachers:
-            there = ", ".join(self.teachers) or "none"
-            raise FastconError(f"{self.path} has no teacher {name!r}: there are {there}")
+            names = ", ".join(self.teachers) or "none"
+            raise FastconError(f"{self.path} has no teacher {name!r}: there are {names}")
         self._commit(self.record.without_teacher(name))
         self._remove_unnamed()
 
@@ -95,21 +95,21 @@ class StoreWriter(Store):
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
         """Store one finished chunk, the parts of its rows, then mark it done."""
         start, stop = self.chunk_range(chunk)
-        seen = 0
+        crc = 0
         for part, (dtype, width) in self.codec(name).parts(len(self.teachers[name].classes)).items():
             rows = parts[part]
             if (rows.shape, rows.dtype) != ((stop - start, width), np.dtype(dtype)):
                 raise ValueError(f"{part} of chunk {chunk} takes {dtype} {(stop - start, width)}, got {rows.shape}")
             self._array(self._path(name, part))[view, start:stop] = rows
-            seen = checksum(rows, seen)
-        self._array(self._path(name, "checksums"))[view, chunk] = seen
+            crc = checksum(rows, crc)
+        self._array(self._path(name, "checksums"))[view, chunk] = crc
         self._expected.pop((name, view), None)
 
     def write_shard(self, view: int, chunk: int, data: bytes) -> None:
         """Store the tar of a chunk's baked views. Raises FastconError where another was recorded, which this one replaces."""
         checksums = self._array("baked/checksums")
-        expected, seen = int(checksums[view, chunk]), checksum(np.frombuffer(data, dtype=np.uint8))
-        if expected not in (-1, seen):
+        expected, crc = int(checksums[view, chunk]), checksum(np.frombuffer(data, dtype=np.uint8))
+        if expected not in (-1, crc):
             raise FastconError(
                 f"{self._shard_path(view, chunk)} would come out with other bytes than the teachers saw, from another "
                 "version of Pillow or DALI: repair it with the versions that baked it, or make a new store"
@@ -117,7 +117,7 @@ class StoreWriter(Store):
         path = Path(self._shard_path(view, chunk))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
-        checksums[view, chunk] = seen
+        checksums[view, chunk] = crc
 
     def repair_view(self, manifest: Manifest, view: int) -> None:
         """Write the order, boxes and flips of a view again, if the recipe makes what the record says."""
@@ -131,9 +131,9 @@ class StoreWriter(Store):
         check_kind(teacher.logits, teacher.kind, name)
         record = self.record.with_teacher(name, teacher)
         where = f"teachers/{name}/"
-        for path, here in layout(record).items():
+        for path, array_layout in layout(record).items():
             if path.startswith(where):
-                arrays.create(self._group, path, here)
+                arrays.create(self._group, path, array_layout)
                 self._arrays.pop(path, None)
         self._commit(record)
 
@@ -208,10 +208,10 @@ class StoreWriter(Store):
         try:
             if name is None:
                 return checksum(np.fromfile(self._shard_path(view, chunk), dtype=np.uint8))
-            seen = 0
+            crc = 0
             for part in self.codec(name).parts(len(self.teachers[name].classes)):
-                seen = checksum(self._read_chunk(self._array(self._path(name, part)), view, chunk)[0], seen)
-            return seen
+                crc = checksum(self._read_chunk(self._array(self._path(name, part)), view, chunk)[0], crc)
+            return crc
         except Exception:
             return -1
 
@@ -300,7 +300,7 @@ def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int
     columns_digest = digest(*columns.values())
     images = ImagesRecord(len(manifest), manifest.digest, columns_digest, len(columns["names"]), manifest.sources)
     record = Record(recipe, pipeline, images, view_count)
-    created = {path: arrays.create(group, path, here) for path, here in layout(record).items()}
+    created = {path: arrays.create(group, path, array_layout) for path, array_layout in layout(record).items()}
     for name, column in columns.items():
         created[f"images/{name}"][:] = column
     for view in range(view_count):

@@ -117,8 +117,8 @@ def _cost(job: Job, sizes: dict[str, float | None], networks: dict[str, _Network
     }
     if rate is not None:
         base = next(iter(networks.values()))  # the generalist's
-        there = total(job.forward, lambda n: base.forward / n.forward / rate[0])
-        cost["seconds_at_rate"] = there + total(job.trained, lambda n: base.trained / n.trained / rate[1])
+        forward_seconds = total(job.forward, lambda n: base.forward / n.forward / rate[0])
+        cost["seconds_at_rate"] = forward_seconds + total(job.trained, lambda n: base.trained / n.trained / rate[1])
     return cost
 
 
@@ -176,8 +176,8 @@ def _listed(source: str) -> tuple[int, int] | None:
 def _network(spec: str, size: int, device: torch.device, say: Callable[[str], None]) -> _Network:
     """Measured with random weights; its classes are those of its weights, where these are a file here."""
     architecture, _, query = spec.partition("?")
-    found = re.search(r"size=(\d+)", query)
-    side = int(found[1]) if found else size
+    size_option = re.search(r"size=(\d+)", query)
+    side = int(size_option[1]) if size_option else size
     model = load(f"{architecture.partition('@')[0]}@random?size={side}").on(device)
     say(f"measuring {architecture} at {side} px on {device} …")
     pixels = torch.zeros(BATCH, 3, side, side, dtype=torch.uint8, device=device)
@@ -194,10 +194,10 @@ def _network(spec: str, size: int, device: torch.device, say: Callable[[str], No
         loss.backward()
 
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    known = load(spec) if Path(architecture.partition("@")[2]).is_file() else model
+    with_classes = load(spec) if Path(architecture.partition("@")[2]).is_file() else model
     width = model.features(pixels[:1]).shape[1]
     return _Network(
-        BATCH / _time(ahead, device), BATCH / _time(step, device), weights, len(known.heads[0].classes), width
+        BATCH / _time(ahead, device), BATCH / _time(step, device), weights, len(with_classes.heads[0].classes), width
     )
 
 

@@ -88,9 +88,9 @@ def shipped() -> dict[str, str]:
     titles = {}
     for path in sorted(PAPER.glob("*.toml")):
         if path.stem != SMALL:
-            found = _read(path)
-            titles[path.stem] = found["title"]
-            titles |= {name: part["title"] for name, part in found.get("parts", {}).items()}
+            tables = _read(path)
+            titles[path.stem] = tables["title"]
+            titles |= {name: part["title"] for name, part in tables.get("parts", {}).items()}
     return titles
 
 
@@ -101,17 +101,17 @@ def load(file: str, overlays: Sequence[str] = (), data: str | None = None, only:
     to be run, with what they need. Raises FastconError, naming the key or name at fault.
     """
     path, part = _place(file)
-    found = _read(path)
+    tables = _read(path)
     for overlay in overlays:
-        found = _merged(found, _read(_place(overlay)[0]))
+        tables = _merged(tables, _read(_place(overlay)[0]))
     name = "-".join([path.stem, *(Path(overlay).stem for overlay in overlays)])
-    return planned(name, found, data, [*part, *only])
+    return planned(name, tables, data, [*part, *only])
 
 
-def planned(name: str, found: dict[str, Any], data: str | None = None, only: Sequence[str] = ()) -> Study:
+def planned(name: str, tables: dict[str, Any], data: str | None = None, only: Sequence[str] = ()) -> Study:
     """A study of which the TOML is read already. Raises FastconError."""
     try:
-        return _Planner(name, found, data, only).study()
+        return _Planner(name, tables, data, only).study()
     except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise FastconError(
             f"{name}: a value is of another kind than it should be ({error}): see docs/paper.md"
@@ -147,14 +147,14 @@ def _merged(below: Any, above: Any) -> Any:
 class _Planner(Tables):
     """Turns the tables into jobs."""
 
-    def __init__(self, name: str, found: dict[str, Any], data: str | None, only: Sequence[str]) -> None:
-        super().__init__(name, found, data)
+    def __init__(self, name: str, tables: dict[str, Any], data: str | None, only: Sequence[str]) -> None:
+        super().__init__(name, tables, data)
         self._jobs: list[Job] = []
-        self._parts = {key: table(table(found, "parts"), key) for key in table(found, "parts")}
+        self._parts = {key: table(table(tables, "parts"), key) for key in table(tables, "parts")}
         for key, part in self._parts.items():
             check_keys("parts", part, f"[parts.{key}]")
         self._only = list(dict.fromkeys(only))
-        self._evaluations = [entry for entry in entries(found, "evaluations") if self._takes_part(entry)]
+        self._evaluations = [entry for entry in entries(tables, "evaluations") if self._takes_part(entry)]
 
     def _takes_part(self, entry: Source) -> bool:
         """Whether an evaluation is to be made."""
@@ -305,15 +305,15 @@ class _Planner(Tables):
 
     def _looked_at(self, name: str, split: str, options: dict[str, Any]) -> str:
         """The set of images that a probe computes features of: all, or of a much larger published set those that are drawn."""
-        known = DATASETS.get(name)
-        if known is None or name in table(self._found, "data") or options.get("full"):
+        published = DATASETS.get(name)
+        if published is None or name in table(self._found, "data") or options.get("full"):
             return f"{name} whole"
-        usual, strata = (MULTI_LABEL_SHOTS, 1.0) if known.group else (SHOTS, known.classes * share_of(split))
+        usual, strata = (MULTI_LABEL_SHOTS, 1.0) if published.group else (SHOTS, published.classes * share_of(split))
         drawn = float(options.get("shots", usual)) * strata * float(options.get("trials", TRIALS))
-        if FEW * drawn >= known.parts[known.train]:
+        if FEW * drawn >= published.parts[published.train]:
             return f"{name} whole"
         images = f"{name}:{split} drawn"
-        self._sets[images] = ([], drawn + (known.parts[known.test] if known.test else 0))
+        self._sets[images] = ([], drawn + (published.parts[published.test] if published.test else 0))
         return images
 
     def _probe(self, suffix: str, images: str, chosen: list[tuple[str, str, str]], flags: list[str]) -> None:
@@ -330,11 +330,11 @@ class _Planner(Tables):
     ) -> None:
         name = f"finetune-{suffix}-{label}"
         passes, images = _passes(options, 50), f"{task} train"
-        known = DATASETS.get(task.partition(":")[0])
+        published = DATASETS.get(task.partition(":")[0])
         if "shots" in options:
             passes *= float(options.get("trials", 5))
-            if known is not None:  # the classes of other sets are not known without looking: all images are counted
-                classes = 1.0 if known.group else known.classes * share_of(task_of(task)[1])
+            if published is not None:  # the classes of other sets are not known without looking: all images are counted
+                classes = 1.0 if published.group else published.classes * share_of(task_of(task)[1])
                 images = f"{task} {options['shots']} shots"
                 self._sets[images] = ([], float(options["shots"]) * classes)
         self._add(
@@ -349,17 +349,17 @@ class _Planner(Tables):
     ) -> list[tuple[str, str, str]]:
         """(label, MODEL, the job that makes it or "") of the representations that an evaluation is of."""
         job = f"teach-{self._generalist}" if self._of_model(self._generalist) else ""
-        known = {"generalist": [(self._generalist, self._spec(self._generalist), job)]}
-        known["teachers"] = [(name, f"runs/{name}", f"teach-{name}") for name in teachers]
-        known["students"] = [(s.name, f"runs/{s.name}", f"train-{s.name}") for s in students]
-        for row in known["teachers"] + known["students"]:
-            known.setdefault(row[0], [row])
+        rows_of = {"generalist": [(self._generalist, self._spec(self._generalist), job)]}
+        rows_of["teachers"] = [(name, f"runs/{name}", f"teach-{name}") for name in teachers]
+        rows_of["students"] = [(s.name, f"runs/{s.name}", f"train-{s.name}") for s in students]
+        for row in rows_of["teachers"] + rows_of["students"]:
+            rows_of.setdefault(row[0], [row])
         rows = []
         for name in each(entry.get("of", list(KINDS))):
-            matching = [name] if name in known else [other for other in known if fnmatch.fnmatchcase(other, name)]
+            matching = [name] if name in rows_of else [other for other in rows_of if fnmatch.fnmatchcase(other, name)]
             if not matching:
-                raise FastconError(f"{self._name}: [[evaluations]] is of {name!r}: there are {', '.join(known)}")
-            rows += [row for match in matching for row in known[match]]
+                raise FastconError(f"{self._name}: [[evaluations]] is of {name!r}: there are {', '.join(rows_of)}")
+            rows += [row for match in matching for row in rows_of[match]]
         return list(dict.fromkeys(rows))
 
     def _upstream(
@@ -372,8 +372,8 @@ class _Planner(Tables):
         heads = {student.name: student.teachers for student in students} | {name: (name,) for name in teachers}
         for label, spec, job in chosen:
             for teacher in heads.get(label, ()):
-                known = teachers[teacher]
-                where = self._labelled(known.data, known.split, known.seed, test_only=True)
+                taught_as = teachers[teacher]
+                where = self._labelled(taught_as.data, taught_as.split, taught_as.seed, test_only=True)
                 head = "task" if label in teachers else teacher
                 task = f"{teachers[teacher].data}:{teachers[teacher].split} test"
                 self._add(

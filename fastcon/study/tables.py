@@ -64,25 +64,25 @@ class Student:
 class Tables:
     """The tables of a study. Raises FastconError, naming the key or name at fault."""
 
-    def __init__(self, name: str, found: dict[str, Any], data: str | None) -> None:
-        self._name, self._found, self._folder = name, found, data
-        check_keys("", found, "the study")
-        self._options = table(found, "options")
+    def __init__(self, name: str, tables: dict[str, Any], data: str | None) -> None:
+        self._name, self._found, self._folder = name, tables, data
+        check_keys("", tables, "the study")
+        self._options = table(tables, "options")
         check_keys("options", self._options, "[options]")
-        self._models = {key: table(found["models"], key) for key in table(found, "models")}
+        self._models = {key: table(tables["models"], key) for key in table(tables, "models")}
         for key, value in self._models.items():
             check_keys("models", value, f"[models.{key}]")
-        self._seeds = each(found.get("seeds", 0))
-        self._split_seeds = each(found.get("splits", 0))
-        self._stores = {key: table(table(found, "stores"), key) for key in table(found, "stores")}
+        self._seeds = each(tables.get("seeds", 0))
+        self._split_seeds = each(tables.get("splits", 0))
+        self._stores = {key: table(table(tables, "stores"), key) for key in table(tables, "stores")}
         self._sets: dict[str, tuple[list[str], float]] = {}
         self._splits: dict[str, list[str]] = {}
-        for entry in entries(found, "evaluations"):
+        for entry in entries(tables, "evaluations"):
             for task in each(entry.get("on", [])):
                 data, split = task_of(task)
                 if split not in self._splits.setdefault(data, []):
                     self._splits[data].append(split)
-        self._generalist = self._model(str(found.get("generalist", "")), "generalist")
+        self._generalist = self._model(str(tables.get("generalist", "")), "generalist")
 
     # names → what they stand for
 
@@ -107,32 +107,32 @@ class Tables:
 
     def _data(self, name: str) -> Source:
         """A data set: train, test, holdout, related. The study's own, else the official one."""
-        own = table(self._found, "data").get(name)
-        if own is not None:
-            check_keys("data", own, f"[data.{name}]")
-            holdout = own.get("holdout")
-            if "union" in own:
-                members = [source for member in each(own["union"]) for source in self._data(member)["train"]]
+        described = table(self._found, "data").get(name)
+        if described is not None:
+            check_keys("data", described, f"[data.{name}]")
+            holdout = described.get("holdout")
+            if "union" in described:
+                members = [source for member in each(described["union"]) for source in self._data(member)["train"]]
                 return {"train": members, "test": [], "holdout": holdout, "related": []}
             return {
-                "train": _sources(own.get("train", []), f"data.{name}.train"),
-                "test": _sources(own.get("test", []), f"data.{name}.test"),
+                "train": _sources(described.get("train", []), f"data.{name}.train"),
+                "test": _sources(described.get("test", []), f"data.{name}.test"),
                 "holdout": holdout,
-                "related": own.get("related", RELATED.get(name, [])),
+                "related": described.get("related", RELATED.get(name, [])),
             }
         try:
-            known = datasets.dataset(name)
+            published = datasets.dataset(name)
         except FastconError:
             raise FastconError(
                 f"{self._name}: unknown data set {name!r}: describe it in [data.{name}], or use one of "
                 f"{', '.join(DATASETS)}"
             ) from None
         folder = "DATA" if self._folder is None else str(Path(self._folder).expanduser().absolute())
-        root = quote(f"{folder}/{name.partition('-')[0] if known.group else name}")
+        root = quote(f"{folder}/{name.partition('-')[0] if published.group else name}")
         spec = f"data:{name}?root={root}&part="
-        test = [] if known.test is None else [spec + known.test]
+        test = [] if published.test is None else [spec + published.test]
         return {
-            "train": [spec + known.train],
+            "train": [spec + published.train],
             "test": test,
             "holdout": None if test else HOLDOUT,
             "related": RELATED.get(name, []),
@@ -283,10 +283,10 @@ def each(value: Any) -> list[Any]:
 
 def _sources(value: Any, where: str) -> list[str]:
     """IMAGES, absolute: commands run in the study's folder."""
-    found = each(value)
-    if not all(isinstance(item, str) for item in found):
+    sources = each(value)
+    if not all(isinstance(item, str) for item in sources):
         raise FastconError(f"{where} is a list of IMAGES, not {value!r}")
-    return [_rooted(item) if datasets.has_scheme(item) else absolute(item) for item in found]
+    return [_rooted(item) if datasets.has_scheme(item) else absolute(item) for item in sources]
 
 
 def _rooted(source: str) -> str:
@@ -316,25 +316,25 @@ def check_name(name: str, study: str) -> None:
         raise FastconError(f"{study}: the name {name!r} is not letters, digits, '_', '.', '+' and '-'")
 
 
-def table(found: dict[str, Any], key: str) -> dict[str, Any]:
+def table(parent: dict[str, Any], key: str) -> dict[str, Any]:
     """A table of a study; empty where there is none."""
-    value = found.get(key, {})
+    value = parent.get(key, {})
     if not isinstance(value, dict):
         raise FastconError(f"{key} of a study is a table, not {value!r}")
     return value
 
 
-def entries(found: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def entries(parent: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """A list of tables of a study."""
-    value = found.get(key, [])
+    value = parent.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise FastconError(f"{key} of a study is a list of tables: [[{key}]]")
     return value
 
 
-def check_keys(kind: str, found: Any, where: str) -> None:
+def check_keys(kind: str, value: Any, where: str) -> None:
     """Refuse a table with unknown keys."""
-    known = KEYS[kind].split()
-    unknown = next((key for key in found if key not in known), None) if isinstance(found, dict) else ""
+    allowed = KEYS[kind].split()
+    unknown = next((key for key in value if key not in allowed), None) if isinstance(value, dict) else ""
     if unknown is not None:
-        raise FastconError(f"{where} has no key {unknown!r}: there are {', '.join(known)}")
+        raise FastconError(f"{where} has no key {unknown!r}: there are {', '.join(allowed)}")

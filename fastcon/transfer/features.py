@@ -77,9 +77,9 @@ def center_crops(
 
     def requests() -> Iterator[Request]:
         for rows in slices:
-            here = indices[rows]
-            boxes = views.center_boxes(manifest.widths[here], manifest.heights[here])
-            yield Request(here, boxes, np.zeros(len(here), dtype=np.uint8))
+            chosen = indices[rows]
+            boxes = views.center_boxes(manifest.widths[chosen], manifest.heights[chosen])
+            yield Request(chosen, boxes, np.zeros(len(chosen), dtype=np.uint8))
 
     decoded = decode.decode(manifest, requests(), [size], batch_size, machine)
     for rows, pixels in zip(slices, decoded, strict=True):

@@ -147,11 +147,11 @@ def _trial(fits: Solver, labels: NDArray, test: NDArray, fold: NDArray, costs: l
         raise FastconError(
             "a fold of the training rows holds fewer than two classes: use fewer `folds` or more `shots`"
         )
-    found = fits.held_out(folds, costs)
+    scores_of = fits.held_out(folds, costs)
     accuracy = np.array(
         [
             [_right(scores, labels[outside]).mean() for scores in of_fold]
-            for of_fold, (_, outside) in zip(found, folds, strict=True)
+            for of_fold, (_, outside) in zip(scores_of, folds, strict=True)
         ]
     )
     mean = accuracy.mean(0)

@@ -332,12 +332,12 @@ def accuracy(model: Classifier, head: str, test: Subset, machine: Machine, batch
             f"head {head!r} is a {chosen.kind} head, and the test images have "
             f"{'several labels each' if test.multi_label else 'one class each'}"
         )
-    own = np.array([place[name] for name in test.classes])
+    column_of = np.array([place[name] for name in test.classes])
     model.on(machine.target).eval()
     logits = features.logits(model, test.manifest, test.indices, machine, batch_size)[:, columns]
     if test.multi_label:
-        return float(((logits[:, own] > 0) == test.labels).mean())
-    return float((logits.argmax(1) == own[test.labels]).mean())
+        return float(((logits[:, column_of] > 0) == test.labels).mean())
+    return float((logits.argmax(1) == column_of[test.labels]).mean())
 
 
 def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -70,31 +70,31 @@ class Batched:
         if self._gram is None:
             return [self._held_out_primal(fold, costs) for fold in folds]
         together = max(1, TOGETHER[self._device.type] // (len(self._rows) * self._classes))
-        found: list[list[Scores]] = []
+        scores: list[list[Scores]] = []
         for at in range(0, len(folds), together):
-            found += self._held_out_dual(folds[at : at + together], costs)
-        return found
+            scores += self._held_out_dual(folds[at : at + together], costs)
+        return scores
 
     def _held_out_primal(self, fold: Fold, costs: list[float]) -> list[Scores]:
-        rows, wanted = self._rows[self._there(fold.outside)], self._labels[fold.inside]
+        rows, labels = self._rows[self._there(fold.outside)], self._labels[fold.inside]
         inside = self._there(fold.inside)
         path = self._primal(self._rows[inside], self._signs[:, inside], costs)
-        return [_decided(_linear(weights.to(rows.dtype), rows).cpu().numpy(), wanted) for weights in path]
+        return [_decided(_linear(weights.to(rows.dtype), rows).cpu().numpy(), labels) for weights in path]
 
     def _held_out_dual(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """Folds together: their problems are over the rows that any of them trains on."""
         assert self._gram is not None
         rows = np.unique(np.concatenate([fold.inside for fold in folds]))
         used = self._there(np.stack([np.isin(rows, fold.inside) for fold in folds]).astype(np.float64))
-        here = self._there(rows)
-        signs = self._signs[:, here] * used[:, None]
-        path = self._dual(self._gram[here], signs.flatten(0, 1), costs)
-        found = []
+        places = self._there(rows)
+        signs = self._signs[:, places] * used[:, None]
+        path = self._dual(self._gram[places], signs.flatten(0, 1), costs)
+        scores_of_folds = []
         for k, fold in enumerate(folds):
-            across = self._gram.matrix[here[:, None], self._there(fold.outside)]
+            across = self._gram.matrix[places[:, None], self._there(fold.outside)]
             scores = [beta.view_as(signs)[k] @ across for beta in path]
-            found.append([_decided(each.T.cpu().numpy(), self._labels[fold.inside]) for each in scores])
-        return found
+            scores_of_folds.append([_decided(each.T.cpu().numpy(), self._labels[fold.inside]) for each in scores])
+        return scores_of_folds
 
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver. Raises FastconError where an optimum is not reached."""
@@ -160,10 +160,10 @@ class Library:
     def _scores(self, inside: Rows, cost: float, rows: NDArray) -> Scores:
         """A class without a training row scores below every other."""
         if self._labels.ndim == 2:
-            wanted = self._labels[inside]
-            scores = _decided(np.zeros((len(rows), self._classes)), wanted)
+            labels = self._labels[inside]
+            scores = _decided(np.zeros((len(rows), self._classes)), labels)
             for label in np.flatnonzero(np.isfinite(scores[0])):
-                scores[:, label] = self._fit(self._train[inside], wanted[:, label], cost).decision_function(rows)
+                scores[:, label] = self._fit(self._train[inside], labels[:, label], cost).decision_function(rows)
             return scores
         values = np.asarray(self._fit(self._train[inside], self._labels[inside], cost).decision_function(rows))
         scores = np.full((len(rows), self._classes), -np.inf)
