@@ -23,6 +23,7 @@ COMMANDS = [
     "teach",
     "finetune",
     "evaluate",
+    "export",
     "study",
     "data",
     "verify",
