@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-OVERLAYS = {"resnet18": (), "lite0": ("lite0",), "lite0-balance": ("lite0", "balance")}
+OVERLAYS = {"resnet18": (), "lite0": ("lite0",), "lite0-balance": ("lite0", "balance"), "views": ("views",)}
 """Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")
 
