@@ -197,6 +197,22 @@ def test_a_run_that_other_seeds_have_is_missed(tmp_path):
         read(paths)
 
 
+def test_rows_repeated_over_splits_and_over_seeds_do_not_mix(tmp_path):
+    base, ours = [[0.40, 0.42]] * 2, [[[0.45, 0.47]] * 2] * 2
+    paths = repeated(tmp_path, ours, base, seeds=(0,))  # over two splits
+    (tmp_path / "more").mkdir()
+    more = repeated(tmp_path / "more", ours, base, splits=(0,))  # over two seeds
+    found = json.loads(Path(more[0]).read_text())
+    for row in found["results"][1:]:
+        row["name"] = row["name"].replace("ours", "others")
+        row["lineage"]["recipe"] = "other"
+    Path(more[0]).write_text(json.dumps(found))
+    with pytest.raises(
+        FastconError, match=r"is repeated over training seeds, 'ours.*' over class splits \(on 'birds'\)"
+    ):
+        read([*paths, *more])
+
+
 def test_other_options_are_another_row(tmp_path):
     rows = {name: ("consolidated", ["birds"], [0.5, 0.6]) for name in ("ours-a", "ours-b", "ours-c")}
     result = probe(rows)

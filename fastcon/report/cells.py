@@ -252,6 +252,21 @@ class Table:
                 if parts:
                     cells[row.label, task] = self._cell(row, task, parts)
         self.rows, self.cells = rows, cells
+        self._check_designs()
+
+    def _check_designs(self) -> None:
+        """Raise FastconError where one row is repeated over class splits and another over training seeds."""
+        kinds: dict[str, str] = {}
+        for (label, task), cell in self.cells.items():
+            teachers = self.rows[label].lineage.teachers if self.rows[label].lineage else ()
+            if len(cell.parts) > 1 and any(teacher.split != "none" for teacher in teachers):
+                other = kinds.setdefault(cell.over, label)
+                mixed = next((kind for kind in kinds if kind != cell.over), None)
+                if mixed:
+                    raise FastconError(
+                        f"{self.title}: {other!r} is repeated over {cell.over}, {kinds[mixed]!r} over {mixed} (on {task!r}): "
+                        "their intervals mean different things, report them apart"
+                    )
 
     def _cell(self, row: Representation, task: str, parts: list[Part]) -> Cell:
         """A cell of all combinations of its splits and seeds. Raises FastconError where one is missing."""
