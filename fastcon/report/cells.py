@@ -258,7 +258,8 @@ class Table:
         """Raise FastconError where one row is repeated over class splits and another over training seeds."""
         kinds: dict[str, str] = {}
         for (label, task), cell in self.cells.items():
-            teachers = self.rows[label].lineage.teachers if self.rows[label].lineage else ()
+            lineage = self.rows[label].lineage
+            teachers = lineage.teachers if lineage else ()
             if len(cell.parts) > 1 and any(teacher.split != "none" for teacher in teachers):
                 other = kinds.setdefault(cell.over, label)
                 mixed = next((kind for kind in kinds if kind != cell.over), None)
