@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastcon.data.manifest import Manifest, index
+from fastcon.data.manifest import ImageSet, Manifest
+from fastcon.distill import parts
 from fastcon.distill import precompute as precomputing
 from fastcon.distill import train as training
 from fastcon.distill.options import PrecomputeOptions, TrainOptions, Upkeep
@@ -32,7 +33,7 @@ def precompute(
     """Run every teacher once over augmented views of images and store its logits; rows computed (0: all were there).
 
     images: IMAGES, or their manifest. generalist: {name: MODEL}; teachers: {name: MODEL, …}. options: those of
-    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size, compile) and `Machine` (device, precision,
+    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size, compile, parts, part) and `Machine` (device, precision,
     loader, threads). Running it again resumes; more views or teachers compute just those. Raises FastconError.
     """
     if len(generalist or {}) > 1:
@@ -43,19 +44,12 @@ def precompute(
     loaded = precomputing.load_teachers(first, list((teachers or {}).items()), chosen.size)
     if not loaded:
         raise UsageError("no teacher given: `generalist` {name: MODEL}, `teachers` {name: MODEL, …}, or both")
-    return precomputing.precompute(
-        os.fspath(store),
-        _indexed(images),
-        loaded,
-        chosen.recipe,
-        views,
-        machine,
-        chosen.batch_size,
-        chosen.logits,
-        progress,
-        chosen.compile,
-        say,
+    given = (
+        images
+        if isinstance(images, Manifest)
+        else ImageSet([images] if isinstance(images, str | os.PathLike) else images)
     )
+    return parts.make(os.fspath(store), given, loaded, chosen, views, machine, progress, say)
 
 
 def train(
@@ -75,13 +69,4 @@ def train(
     """
     chosen, upkeep, machine = take(TrainOptions, options), take(Upkeep, options), take(Machine, options)
     refuse(options, TrainOptions, Upkeep, Machine)
-    manifest = None if images is None else _indexed(images)
-    return training.train(
-        os.fspath(store), os.fspath(out), chosen, machine, upkeep, manifest, say=say, progress=progress
-    )
-
-
-def _indexed(images: Manifest | Sequence[str] | str) -> Manifest:
-    if isinstance(images, Manifest):
-        return images
-    return index([images] if isinstance(images, str | os.PathLike) else list(images))
+    return training.train(os.fspath(store), os.fspath(out), chosen, machine, upkeep, images, say=say, progress=progress)

@@ -18,6 +18,10 @@ class Interrupted(FastconError):
     """A signal asked the run to stop; its state is saved and the same command resumes it."""
 
 
+class Busy(FastconError):
+    """Another process is writing what this one wants to write."""
+
+
 def optional_import(module: str, extra: str) -> ModuleType:
     """Import `module`, or say which extra of fastcon brings it."""
     try:

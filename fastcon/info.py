@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcon.distill import advice
 from fastcon.errors import FastconError
 from fastcon.run import RUN_WEIGHTS
+
+if TYPE_CHECKING:
+    from fastcon.store.format import Recipe, TeacherRecord
 
 WAITS = ("pixels", "logits", "turns", "host")
 
@@ -18,41 +21,72 @@ def describe(path: str) -> tuple[dict[str, Any], str]:
     """Facts about a STORE or a RUN, and the same as text. Raises FastconError for anything else."""
     if (Path(path) / "config.json").is_file():
         return _run(Path(path))
+    if (Path(path) / "parts.json").is_file():
+        return _store_in_parts(path)
     if "://" in path or (Path(path) / "zarr.json").is_file():
         return _store(path)
     raise FastconError(f"{path} is neither a store (no zarr.json) nor a run (no config.json)")
 
 
 def _store(path: str) -> tuple[dict[str, Any], str]:
-    from fastcon.models.origin import is_random
     from fastcon.store.format import FORMAT
     from fastcon.store.reader import Store
 
     store = Store(path)
-    record, recipe = store.record, store.recipe
-    low, high = recipe.scale
+    record = store.record
+    share = record.images.share
     lines = [
-        f"{path}: store of format {FORMAT}, {store.rows:,} images x {store.views} views at {recipe.size} px",
-        f"  images    digest {record.images.digest[:12]}, from {', '.join(record.images.sources)}",
-        f"  views     seed {recipe.seed}, crops of {low:g} to {high:g} of the area, chunks of {recipe.chunk_rows} rows",
-        f"  pixels    {', '.join(f'{k} {v}' for k, v in record.pipeline.items() if v is not None)}",
+        f"{path}: store of format {FORMAT}, {store.rows:,} images x {store.views} views at {store.recipe.size} px",
+        f"  images    digest {record.images.digest[:12]}, from {', '.join(record.images.sources)}"
+        + (f", share {share[0]} of {share[1]}" if share else ""),
+        *_how(store.recipe, record.pipeline),
     ]
-    if recipe.bake is not None:
-        lines.append(f"  baked     JPEG quality {recipe.bake}, {store.baked().mean():.0%} done")
-    done = {}
-    for name, teacher in store.teachers.items():
-        finished = store.done(name)
-        done[name] = float(finished.mean())
-        weights = " with random weights" if teacher.spec and is_random(teacher.spec) else ""
-        lines.append(
-            f"  {teacher.role:11}{name}: {len(teacher.classes)} classes, {teacher.architecture}{weights}, "
-            f"{teacher.size} px, {teacher.logits} logits, {teacher.precision}, {done[name]:.0%} done"
-        )
-    return {
-        "kind": "store",
-        "done": done,
-        **{k: v for k, v in record.json().items() if k != "view_digests"},
-    }, "\n".join(lines)
+    if store.recipe.bake is not None:
+        lines.append(f"  baked     JPEG quality {store.recipe.bake}, {store.baked().mean():.0%} done")
+    done = {name: float(store.done(name).mean()) for name in store.teachers}
+    lines += [_teacher(name, store.teachers[name], share) for name, share in done.items()]
+    facts = {k: v for k, v in record.json().items() if k != "view_digests"}
+    return {"kind": "store", "done": done, **facts}, "\n".join(lines)
+
+
+def _store_in_parts(path: str) -> tuple[dict[str, Any], str]:
+    from fastcon.store.format import FORMAT
+    from fastcon.store.parts import read
+
+    binding = read(path)
+    bound = list(binding.bound.values())
+    rows, views = sum(part.rows for part in bound), min((part.views for part in bound), default=0)
+    made = "" if len(bound) == binding.count else f", {len(bound)} of them made"
+    lines = [
+        f"{path}: store of format {FORMAT} in {binding.count} parts{made}, {rows:,} images x {views} views at "
+        f"{binding.recipe.size} px",
+        f"  images    from {', '.join(binding.sources)}",
+        *_how(binding.recipe, binding.pipeline),
+    ]
+    done = {name: sum(part.done.get(name, 0) >= views for part in bound) / binding.count for name in binding.teachers}
+    lines += [_teacher(name, binding.teachers[name], share) for name, share in done.items()]
+    facts = {"parts": binding.count, "parts_made": len(bound), "images": rows, "views": views, "done": done}
+    teachers = {name: teacher.json() for name, teacher in binding.teachers.items()}
+    about = {"recipe": binding.recipe.record(), "pipeline": binding.pipeline, "teachers": teachers}
+    return {"kind": "store", **facts, **about}, "\n".join(lines)
+
+
+def _how(recipe: Recipe, pipeline: dict[str, Any]) -> list[str]:
+    low, high = recipe.scale
+    return [
+        f"  views     seed {recipe.seed}, crops of {low:g} to {high:g} of the area, chunks of {recipe.chunk_rows} rows",
+        f"  pixels    {', '.join(f'{k} {v}' for k, v in pipeline.items() if v is not None)}",
+    ]
+
+
+def _teacher(name: str, teacher: TeacherRecord, done: float) -> str:
+    from fastcon.models.origin import is_random
+
+    weights = " with random weights" if teacher.spec and is_random(teacher.spec) else ""
+    return (
+        f"  {teacher.role:11}{name}: {len(teacher.classes)} classes, {teacher.architecture}{weights}, "
+        f"{teacher.size} px, {teacher.logits} logits, {teacher.precision}, {done:.0%} done"
+    )
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -91,12 +92,20 @@ def cpu_has_bfloat16() -> bool:
     return supported and bool(_flags() & {"avx512_bf16", "amx_bf16"})
 
 
+def rank() -> tuple[int, int]:
+    """The number of this process and how many there are, as torchrun says; 0 of 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def choose_device(device: str) -> torch.device:
-    """Resolve "auto" to the first GPU, else the CPU. Raises FastconError for a GPU that is not there."""
+    """Resolve "auto" to the first GPU (under torchrun: this process's), else the CPU. Raises FastconError for a GPU that is
+    not there."""
     import torch
 
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         chosen = torch.device(device)
     except RuntimeError:

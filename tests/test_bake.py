@@ -95,9 +95,9 @@ def test_the_teachers_saw_the_baked_pixels_and_so_does_the_loader(baked, teacher
 
 
 def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
-    from fastcon.distill import loader as module
+    from fastcon.store import images as module
 
-    monkeypatch.setattr(module, "index", None)  # nobody lists or reads images
+    monkeypatch.setattr(module, "ImageSet", None)  # nobody lists or reads images
     options = TrainOptions(epochs=1, batch_size=25)
     row = train(str(copy), str(tmp_path / "run"), options, MACHINE)
     assert row["images"] == 150

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import fastcon
 from fastcon.data.manifest import index
-from fastcon.distill.loader import Loader, Schedule, default_lanes
+from fastcon.distill.loader import Loader
+from fastcon.distill.schedule import Schedule, default_lanes
 from fastcon.errors import FastconError
 from fastcon.store.reader import Store
 

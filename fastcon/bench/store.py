@@ -13,7 +13,8 @@ import torch
 
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import manifest_of
-from fastcon.distill.loader import LogitCache, Schedule
+from fastcon.distill.loader import LogitCache
+from fastcon.distill.schedule import Schedule
 from fastcon.store.codec import codec
 from fastcon.store.format import Recipe, TeacherRecord
 from fastcon.store.reader import Store

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastcon.cli.group import main
 from fastcon.cli.options import NamedModel, common, dry_run, group
-from fastcon.cli.output import Bar, finish, in_bytes, in_time, indexer, note
+from fastcon.cli.output import Bar, finish, image_set, in_bytes, in_time, note
 from fastcon.data.options import Indexing
 from fastcon.distill.options import PrecomputeOptions, TrainOptions, Upkeep
 from fastcon.errors import FastconError, UsageError
 from fastcon.machine import Machine
+
+if TYPE_CHECKING:
+    from fastcon.data.manifest import Manifest
 
 
 @main.command()
@@ -49,60 +53,64 @@ def precompute(
     """
     if generalist is None and not teachers:
         raise UsageError("no teacher given: --generalist NAME=MODEL, --teacher NAME=MODEL, or both")
+    from fastcon.distill import parts
     from fastcon.distill import precompute as stage
     from fastcon.models.origin import is_random
-    from fastcon.store.reader import Store, bytes_on_disk
+    from fastcon.store.parts import has_parts
 
     loaded = stage.load_teachers(generalist, teachers, options.size)
-    manifest = indexer(indexing)(images)
-    rows = len(manifest) * views
+    given = image_set(indexing, images)
+    shared = options.parts is not None or bool(options.part) or has_parts(store)
+    manifest = None if shared and not dry_run else given.manifest()
+    Bar.end()
     classes = ", ".join(
         f"{t.name} ({len(t.model.heads[0].classes)} classes{', random weights' if is_random(t.spec) else ''})"
         for t in loaded
     )
-    note(f"{len(manifest):,} images x {views} views = {rows:,} rows; {classes}")
+    note((f"{len(manifest):,} images x {views} views = {len(manifest) * views:,} rows; " if manifest else "") + classes)
     if generalist is None and not _has_generalist(store):
         note(
             "no generalist: the paper found (Table 4) that students without one lose on unrelated tasks what they gain "
             "on the related; --generalist can be added to this store later"
         )
     if dry_run:
+        assert manifest is not None
         cost = stage.estimate(manifest, loaded, options, views, machine)
         size, rate, seconds = in_bytes(cost["bytes"]), cost["rows_per_second"], in_time(cost["seconds"])
         finish(cost, json_file, f"would store {size} in about {seconds} ({rate:,.0f} rows/s here)")
         return
     bar = Bar("precompute", "rows")
-    done = stage.precompute(
-        store,
-        manifest,
-        loaded,
-        options.recipe,
-        views,
-        machine,
-        options.batch_size,
-        options.logits,
-        bar,
-        options.compile,
-        note,
-    )
+    done = parts.make(store, manifest or given, loaded, options, views, machine, bar, note)
     bar.close()
-    result = {
-        "store": store,
-        "images": len(manifest),
-        "views": Store(store).views,
-        "rows_computed": done,
-        "seconds": bar.seconds,
-        "rejects": manifest.rejects,
-    }
-    text = f"{done:,} rows computed in {in_time(bar.seconds)}" if done else "every row is there: nothing to do"
-    finish(result, json_file, f"{store}: {text}; {in_bytes(bytes_on_disk(store))} on disk")
+    finish(*_made(store, done, bar.seconds, manifest, json_file))
+
+
+def _made(
+    path: str, done: int, seconds: float, manifest: Manifest | None, json_file: str | None
+) -> tuple[dict[str, Any], str | None, str]:
+    """What precompute made: facts, where they go, and the same as text."""
+    from fastcon.store.parts import has_parts, opened, read
+    from fastcon.store.reader import bytes_on_disk
+
+    result: dict[str, Any] = {"store": path, "rows_computed": done, "seconds": seconds}
+    text = f"{done:,} rows computed in {in_time(seconds)}" if done else "every row is there: nothing to do"
+    if has_parts(path):
+        binding = read(path)
+        result |= {"parts": binding.count, "parts_made": len(binding.bound)}
+        if len(binding.bound) < binding.count:
+            return result, json_file, f"{path}: {text}; {len(binding.bound)} of {binding.count} parts are made"
+    store = opened(path)
+    result |= {"images": store.rows, "views": store.views, "rejects": manifest.rejects if manifest else []}
+    return result, json_file, f"{path}: {text}; {in_bytes(bytes_on_disk(path))} on disk"
 
 
 def _has_generalist(path: str) -> bool:
+    from fastcon.store.parts import has_parts, read
     from fastcon.store.reader import Store
 
     try:
-        return Store(path).generalist is not None
+        teachers = read(path).teachers if has_parts(path) else Store(path).teachers
+        return any(teacher.role == "generalist" for teacher in teachers.values())
     except FastconError:
         return False
 
@@ -136,11 +144,12 @@ def train(
     """
     from fastcon.distill import train as stage
     from fastcon.info import diagnosis_of
-    from fastcon.store.reader import Store
+    from fastcon.store.images import images_of
+    from fastcon.store.parts import opened
 
-    opened = Store(store)
+    stored = opened(store)
     if dry_run:
-        cost = stage.estimate(opened, options)
+        cost = stage.estimate(stored, options)
         heads = ", ".join(f"{name} (weight {value:.3g})" for name, value in cost["weights"].items())
         read = in_bytes(cost["logit_bytes_read"])
         finish(
@@ -149,10 +158,10 @@ def train(
             f"would train {cost['steps']:,} steps of {options.batch_size}, reading {read} of logits: {heads}",
         )
         return
-    baked = opened.recipe.bake is not None and not images and not options.labels
-    manifest = None if baked else indexer(indexing)(images or opened.record.images.sources)
+    baked = stored.recipe.bake is not None and not images and not options.labels
+    given = None if baked else images_of(stored, image_set(indexing, images or stored.sources))
     bar = Bar("train", "steps")
-    row = stage.train(store, out, options, machine, upkeep, manifest, say=note, progress=bar)
+    row = stage.train(store, out, options, machine, upkeep, given, say=note, progress=bar)
     bar.close()
     heads = "; ".join(f"{name}: {_values(head)}" for name, head in row["heads"].items())
     finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads})")
@@ -190,10 +199,9 @@ def verify(
     fastcon verify store --rows 1000
     """
     from fastcon.distill.verify import verify as stage
-    from fastcon.store.reader import Store
 
-    manifest = indexer(indexing)(images or Store(store).record.images.sources)
-    checks = stage(store, manifest, rows, machine, repair)
+    checks = stage(store, images or None, rows, machine, repair, index=partial(image_set, indexing))
+    Bar.end()
     width = max(len(check.what) for check in checks)
     for check in checks:
         click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.what:{width}}  {check.seen}")
@@ -218,12 +226,13 @@ def forget(store: str, teacher: str, json_file: str | None) -> None:
     \b
     fastcon forget store birds
     """
-    from fastcon.store.reader import Store, bytes_on_disk
-    from fastcon.store.writer import forget as stage
+    from fastcon.store.parts import forget as stage
+    from fastcon.store.parts import opened
+    from fastcon.store.reader import bytes_on_disk
 
     before = bytes_on_disk(store)
     stage(store, teacher)
-    left, freed = list(Store(store).teachers), before - bytes_on_disk(store)
+    left, freed = list(opened(store).teachers), before - bytes_on_disk(store)
     result = {"store": store, "forgotten": teacher, "teachers": left, "bytes_freed": freed}
     finish(
         result,

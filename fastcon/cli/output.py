@@ -14,7 +14,7 @@ import click
 from fastcon.data.options import Indexing
 
 if TYPE_CHECKING:
-    from fastcon.data.manifest import Manifest
+    from fastcon.data.manifest import ImageSet, Manifest
 
 
 def flags(text: str) -> str:
@@ -63,13 +63,18 @@ class Bar:
     _open: Bar | None = None
 
     def __init__(self, what: str, unit: str) -> None:
-        if Bar._open is not None:  # a new bar ends the last one
-            Bar._open.close()
+        Bar.end()  # a new bar ends the last one
         Bar._open = self
         self._what, self._unit = what, unit
         self._bar: Any = None
         self._start = self._said = time.monotonic()
         self.seconds = 0.0
+
+    @classmethod
+    def end(cls) -> None:
+        """Close the bar that is open."""
+        if cls._open is not None:
+            cls._open.close()
 
     def __call__(self, done: int, total: int) -> None:
         """Report that `done` of `total` are done."""
@@ -93,18 +98,20 @@ class Bar:
             self._bar = None
 
 
+def image_set(indexing: Indexing, images: Sequence[str]) -> ImageSet:
+    """IMAGES to be indexed with a progress bar; what is left out is reported."""
+    from fastcon.data.manifest import ImageSet
+
+    trust, strict = indexing.trust_images, indexing.strict
+    return ImageSet(images, trust=trust, strict=strict, progress=Bar("index", "images"), say=note)
+
+
 def indexer(indexing: Indexing) -> Callable[[Sequence[str]], Manifest]:
-    """Index IMAGES with a progress bar, and report what was left out."""
+    """Index IMAGES, as `image_set` does."""
 
     def indexed(images: Sequence[str]) -> Manifest:
-        from fastcon.data.manifest import index
-
-        bar = Bar("index", "images")
-        manifest = index(images, trust=indexing.trust_images, strict=indexing.strict, progress=bar)
-        bar.close()
-        if manifest.rejects:
-            name, reason = manifest.rejects[0]
-            note(f"{len(manifest.rejects)} images left out, first {name!r}: {reason} (`strict` refuses them)")
+        manifest = image_set(indexing, images).manifest()
+        Bar.end()
         return manifest
 
     return indexed

@@ -53,6 +53,10 @@ _COLUMNS = (
 )
 
 
+Share = tuple[int, int]
+"""(k, P): the images whose id leaves the remainder k when divided by P."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """n images in a fixed order. Columns are arrays of n entries, mapped from disk where they were cached."""
@@ -81,6 +85,8 @@ class Manifest:
     rejects: list[tuple[str, str]]
     """(name, reason) of what could not be decoded."""
     sources: list[str]
+    share: Share | None = None
+    """Which of the images of its sources it holds; None: all."""
 
     side = None  # images differ in size: see decode.Images
 
@@ -99,6 +105,20 @@ class Manifest:
     def areas(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Pixels that some of the images have."""
         return self.widths[indices].astype(np.int64) * self.heights[indices]
+
+    def labels_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Class indices of some images, -1 without."""
+        return self.labels[indices].astype(np.int64)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has one class."""
+        return bool((self.labels >= 0).any())
+
+    @property
+    def all_labelled(self) -> bool:
+        """Whether every image has one class."""
+        return bool((self.labels >= 0).all())
 
     @property
     def digest(self) -> str:
@@ -183,33 +203,77 @@ def index(
     trust: read headers only. strict: any reject is an error. progress is called with (done, total).
     Raises FastconError where a source is missing or nothing in it can be decoded.
     """
-    sources = [os.fspath(source) for source in sources]
-    resolved = [_absolute(source) for source in sources]
-    folder = cache_folder("manifests") / f"v{CACHE_VERSION}-{int(trust)}-{image_sources.stamp(resolved)}"
-    manifest = _load(folder) if folder.exists() else None
-    if manifest is None:
-        manifest = _index(resolved, trust, progress)
-        made = manifest
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            shutil.rmtree(folder, ignore_errors=True)  # an entry that could not be loaded
-            derived(folder, lambda partial: _save(made, partial))
-    if strict and manifest.rejects:
-        name, reason = manifest.rejects[0]
-        raise FastconError(
-            f"{len(manifest.rejects)} of {len(manifest) + len(manifest.rejects)} images cannot be used, "
-            f"first {name!r} ({reason}): remove them, or leave out `strict`"
-        )
-    if not len(manifest):
-        first = f", first {manifest.rejects[0][0]!r}: {manifest.rejects[0][1]}" if manifest.rejects else ""
-        raise FastconError(f"no readable image in {', '.join(sources)} ({len(manifest.rejects)} rejected{first})")
-    return manifest
+    return ImageSet(sources, trust=trust, strict=strict, progress=progress).manifest()
+
+
+class ImageSet:
+    """Image sources to be indexed: all at once, or share by share, so that P processes do a P-th of the work each."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        trust: bool = False,
+        strict: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """As `index`; say gets a note of what was left out. Raises FastconError where a source is missing."""
+        self._given = [os.fspath(source) for source in sources]
+        self.sources = [_absolute(source) for source in self._given]
+        self._trust, self._strict, self._progress, self._say = trust, strict, progress, say
+        self._stamp = image_sources.stamp(self.sources)
+        self._listed: Manifest | None = None
+
+    def manifest(self, share: Share | None = None) -> Manifest:
+        """The manifest of all images, or of a share of them. Raises FastconError where there is no usable image."""
+        part = f"-{share[0]}of{share[1]}" if share else ""
+        folder = cache_folder("manifests") / f"v{CACHE_VERSION}-{int(self._trust)}-{self._stamp}{part}"
+        manifest = _load(folder) if folder.exists() else None
+        if manifest is None:
+            made = manifest = self._index(share)
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                shutil.rmtree(folder, ignore_errors=True)  # an entry that could not be loaded
+                derived(folder, lambda partial: _save(made, partial))
+        self._check(manifest, share)
+        return dataclasses.replace(manifest, share=share)
+
+    def _index(self, share: Share | None) -> Manifest:
+        if self._listed is None:
+            self._listed = _listed(self.sources)
+        listed = self._listed
+        if share is None:
+            self._listed = None  # it is examined in place
+        else:
+            number, count = share
+            here = np.flatnonzero(listed.ids % np.uint64(count) == number)
+            listed = dataclasses.replace(listed.select(here), rejects=listed.rejects if number == 0 else [])
+        return _examined(listed, self._trust, self._progress)
+
+    def _check(self, manifest: Manifest, share: Share | None) -> None:
+        rejects = manifest.rejects
+        first = f"first {rejects[0][0]!r}: {rejects[0][1]}" if rejects else ""
+        if self._strict and rejects:
+            name, reason = rejects[0]
+            raise FastconError(
+                f"{len(rejects)} of {len(manifest) + len(rejects)} images cannot be used, "
+                f"first {name!r} ({reason}): remove them, or leave out `strict`"
+            )
+        if not len(manifest):
+            where = f"share {share[0]} of {share[1]} of " if share else ""
+            more = f"{len(rejects)} rejected" + (f", {first}" if first else "")
+            way = ": choose fewer `parts`" if share and not rejects else ""
+            raise FastconError(f"no readable image in {where}{', '.join(self._given)} ({more}){way}")
+        if rejects:
+            self._say(f"{len(rejects)} images left out, {first} (`strict` refuses them)")
 
 
 def _absolute(source: str) -> str:
     return source if has_scheme(source) else os.path.abspath(os.path.expanduser(source))
 
 
-def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None] | None) -> Manifest:
+def _listed(sources: list[str]) -> Manifest:
+    """All images of some sources, none of them looked at yet."""
     listing = image_sources.read(sources)
     n = len(listing.size)
     label_ends = np.array(listing.label_ends, dtype=np.int64)
@@ -232,9 +296,14 @@ def _index(sources: list[str], trust: bool, progress: Callable[[int, int], None]
         sources=sources,
     )
     labels, multi_hot = _labels(listing, label_ends, n)
-    raw = dataclasses.replace(raw, ids=_ids(raw), labels=labels, multi_hot=multi_hot)
+    return dataclasses.replace(raw, ids=_ids(raw), labels=labels, multi_hot=multi_hot)
+
+
+def _examined(raw: Manifest, trust: bool, progress: Callable[[int, int], None] | None) -> Manifest:
+    """The images that can be used, with their sizes and digests; the others are put on the reject list."""
+    n = len(raw)
     keep = np.ones(n, dtype=bool)
-    for done, (position, outcome) in enumerate(_examined(raw, trust), 1):
+    for done, (position, outcome) in enumerate(_outcomes(raw, trust), 1):
         if isinstance(outcome, str):
             keep[position] = False
             raw.rejects.append((raw.name(position), outcome))
@@ -288,7 +357,7 @@ _Found = tuple[int, int, int, bytes]
 """Width, height, checksum and digest of an image."""
 
 
-def _examined(manifest: Manifest, trust: bool) -> Iterator[tuple[int, _Found | str]]:
+def _outcomes(manifest: Manifest, trust: bool) -> Iterator[tuple[int, _Found | str]]:
     """(position, what it is or the reason for rejecting it), in order, decoded in parallel."""
     reader = ImageReader(manifest)
     block = 32

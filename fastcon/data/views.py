@@ -14,7 +14,7 @@ Words = NDArray[np.uint32]
 
 TRIES = 10
 # Purposes: the counter word that keeps uses of one (seed, id) apart. Crop tries take 0 to 9.
-FLIP, ORDER, EPOCH_CHUNKS, EPOCH_ROWS, HOLDOUT, DRAW, FOLD, CLASS_SPLIT, SAMPLE, SHUFFLE = range(16, 26)
+FLIP, ORDER, EPOCH_CHUNKS, EPOCH_ROWS, HOLDOUT, DRAW, FOLD, CLASS_SPLIT, SAMPLE, SHUFFLE, EPOCH_PARTS = range(16, 27)
 
 _BLOCK = 1 << 16  # images computed at once: bounds the memory of ten tries
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)

@@ -1,13 +1,11 @@
 """Store rows + pixels → one batch: the loader of the training loop, and of any other.
 
-Rows come in the order of the disk, so whole chunks are read in sequence. The sequence of batches is
-a pure function of (seed, epoch, batch size, lanes): see `Schedule`.
+Rows come in the order of the disk, so whole chunks are read in sequence: see `schedule`.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import os
 import time
@@ -20,21 +18,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcon.data import views
 from fastcon.data.decode import decode, hand_over
-from fastcon.data.manifest import Manifest, index
 from fastcon.data.prefetch import prefetch
 from fastcon.distill import loss as objective
+from fastcon.distill.schedule import Schedule, default_lanes
 from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import QuantisedLogits, Segments
 from fastcon.machine import Machine
 from fastcon.models.classifier import Head
 from fastcon.store.codec import Parts, Quantised
+from fastcon.store.images import Given, PartImages, images_of
+from fastcon.store.parts import opened
 from fastcon.store.pixels import check_pixels
-from fastcon.store.reader import Store
+from fastcon.store.reader import Stored
 from fastcon.store.replay import Replay
 
-_Rows = tuple[Tensor | QuantisedLogits, NDArray[np.uint32], Tensor | None]
+_Rows = tuple[Tensor | QuantisedLogits, NDArray[np.int64], Tensor | None]
 """Logits, image indices and labels of a batch, as in `Batch`."""
 
 
@@ -46,8 +45,8 @@ class Batch(NamedTuple):
     batches: clone what you keep."""
     stacked: Tensor | QuantisedLogits
     """All teachers' logits side by side [B, sum C], in `Loader.names` order; one byte each where all are stored so."""
-    indices: NDArray[np.uint32]
-    """Which image each row is, by its place in the manifest [B]."""
+    indices: NDArray[np.int64]
+    """Which image each row is, by its place in the manifest (of a store in parts: in those of all parts) [B]."""
     labels: Tensor | None
     """int64 [B] labels of the images, -1 without; None where no image has one, or there is no manifest."""
     names: list[str]
@@ -63,63 +62,6 @@ class Batch(NamedTuple):
         return {name: self.stacked.head(k, span) for k, (name, span) in enumerate(zip(self.names, spans, strict=True))}
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which rows each global batch of an epoch takes.
-
-    Epoch e reads view e mod V. Its rows, with whole chunks and the rows inside them shuffled by (seed, epoch) (in the
-    first round of seed 0: in the order on disk), are cut into `lanes` equal runs; a batch takes the next B / lanes rows
-    of every lane. The n mod B rows left over are left out of that epoch.
-    """
-
-    rows: int
-    views: int
-    chunk_rows: int
-    batch_size: int
-    lanes: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size > self.rows:
-            raise FastconError(
-                f"a batch of {self.batch_size} needs as many images, the store has {self.rows}: use a "
-                f"`batch_size` of at most {self.rows}"
-            )
-        if self.batch_size % self.lanes:
-            raise FastconError(f"{self.lanes} lanes do not divide a batch of {self.batch_size}")
-
-    @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
-        return self.rows // self.batch_size
-
-    @property
-    def left_out(self) -> int:
-        """Rows of an epoch that are in no batch."""
-        return self.rows % self.batch_size
-
-    def epoch(self, epoch: int) -> NDArray[np.uint32]:
-        """Rows of every batch of an epoch: [steps, B]; row ids are those of view `epoch mod views`."""
-        used = self._order(epoch)[: self.steps * self.batch_size]
-        share = self.batch_size // self.lanes
-        return used.reshape(self.lanes, self.steps, share).transpose(1, 0, 2).reshape(self.steps, self.batch_size)
-
-    def _order(self, epoch: int) -> NDArray[np.uint32]:
-        if epoch < self.views and self.seed == 0:
-            return np.arange(self.rows, dtype=np.uint32)
-        chunks = np.arange(-(-self.rows // self.chunk_rows), dtype=np.uint64)
-        chunk_order = views.permutation(self.seed, chunks, epoch, views.EPOCH_CHUNKS)
-        inside = views.keys(self.seed, np.arange(self.rows, dtype=np.uint64), epoch, views.EPOCH_ROWS)
-        place = np.empty(len(chunks), dtype=np.int64)
-        place[chunk_order] = np.arange(len(chunks))
-        return np.lexsort((inside, np.repeat(place, self.chunk_rows)[: self.rows])).astype(np.uint32)
-
-
-def default_lanes(batch_size: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides the batch."""
-    return next(lanes for lanes in (8, 4, 2, 1) if batch_size % lanes == 0)
-
-
 class Loader:
     """Yields `Batch`es of a store: pixels as the teachers saw them, and what each teacher said of them.
 
@@ -129,8 +71,8 @@ class Loader:
 
     def __init__(
         self,
-        store: Store | str | os.PathLike[str],
-        images: Sequence[str] | str | Manifest | None = None,
+        store: Stored | str | os.PathLike[str],
+        images: Given = None,
         batch_size: int = 32,
         *,
         heads: Sequence[str] | None = None,
@@ -147,10 +89,9 @@ class Loader:
     ) -> None:
         """images: where they are now (default: where they were; baked views need none); heads: teachers to read;
         views: use the first so many of the store's (default: all)."""
-        self.store = store if isinstance(store, Store) else Store(store)
-        self.manifest = _manifest(images, self.store)
-        if self.manifest is not None:
-            self.store.check_images(self.manifest)
+        self.store = store if isinstance(store, Stored) else opened(store)
+        unneeded = images is None and self.store.recipe.bake is not None
+        self.manifest = None if unneeded else images_of(self.store, images)
         self.views = views or self.store.views
         if self.views > self.store.views:
             raise FastconError(f"{self.store.path} has {self.store.views} views of each image, not {self.views}")
@@ -165,8 +106,10 @@ class Loader:
             batch_size,
             lanes or default_lanes(batch_size),
             seed,
+            tuple(np.diff(self.store.chunking.part_starts).tolist()),
         )
-        self.warning = check_pixels(self.store, self.manifest, self.machine, exact_pixels)
+        first = self.manifest.part(0) if isinstance(self.manifest, PartImages) else self.manifest
+        self.warning = check_pixels(self.store.part(0), first, self.machine, exact_pixels)
         self.waits = {"pixels": 0.0, "logits": 0.0}
         """Seconds that the consumer has waited so far."""
 
@@ -178,7 +121,8 @@ class Loader:
 
     def _read(self, names: list[str], temperature: float) -> None:
         self.names = names
-        self._check_complete()
+        for name in names:
+            self.store.require(name, self.views)
         records = {name: self.store.teachers[name] for name in names}
         self.heads = [Head(name, record.classes, record.kind) for name, record in records.items()]
         """The teachers as heads of a student: an argument of `Classifier.replace_heads`."""
@@ -218,45 +162,34 @@ class Loader:
             rows.close()
             pixels.close()  # type: ignore[attr-defined]
 
-    def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for epoch, skip in plan:
-            for rows in self.schedule.epoch(epoch)[skip:]:
+            for rows in self.schedule.batches(epoch, skip):
                 yield epoch % self.views, rows
 
     def _logits(self, plan: Sequence[tuple[int, int]]) -> Iterator[_Rows]:
         """Of every batch: the teachers' logits, image indices, labels."""
         chunks = LogitCache(self.store, self.names, keep=2 * self.schedule.lanes)
-        replay = Replay(self.store, self.manifest)
-        all_labels = None if self.manifest is None else self.manifest.labels
-        labelled = all_labels is not None and bool((all_labels >= 0).any())
+        replay = Replay(self.store, self.manifest, keep=2 * self.schedule.lanes)
+        manifest = self.manifest if self.manifest is not None and self.manifest.has_labels else None
         for number, rows in self._rows(plan):
-            stacked, indices = chunks.stacked(number, rows), replay.view(number).order[rows]
-            labels = torch.from_numpy(all_labels[indices].astype(np.int64)) if labelled else None  # type: ignore[index]
+            stacked, indices = chunks.stacked(number, rows), replay.indices(number, rows)
+            labels = None if manifest is None else torch.from_numpy(manifest.labels_of(indices))
             yield stacked, indices, labels
-
-    def _check_complete(self) -> None:
-        for name in self.names:
-            unfinished = np.argwhere(~self.store.done(name)[: self.views])
-            if len(unfinished):
-                view, chunk = unfinished[0]
-                raise FastconError(
-                    f"{self.store.path}: teacher {name!r} is not finished (first: view {view}, chunk {chunk}; "
-                    f"{len(unfinished)} chunks in all): run `fastcon precompute` again, it resumes"
-                )
 
 
 class LogitCache:
     """The last few chunks of each teacher: every lane is inside one and may be leaving another."""
 
-    def __init__(self, store: Store, names: Sequence[str], keep: int) -> None:
+    def __init__(self, store: Stored, names: Sequence[str], keep: int) -> None:
         self._store, self._names, self._keep = store, names, keep
         self._widths = [len(store.teachers[name].classes) for name in names]
         self._as_bytes = all(isinstance(store.codec(name), Quantised) for name in names)
         self._chunks: dict[str, OrderedDict[tuple[int, int], Parts]] = {name: OrderedDict() for name in names}
 
-    def stacked(self, view: int, rows: NDArray[np.uint32]) -> Tensor | QuantisedLogits:
+    def stacked(self, view: int, rows: NDArray[np.int64]) -> Tensor | QuantisedLogits:
         """The logits of `rows` [B] of one view, all teachers' side by side."""
-        chunk_of, inside = np.divmod(rows, self._store.recipe.chunk_rows)
+        chunk_of, inside = self._store.chunking.locate(rows)
         bounds = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
         runs = [(int(chunk_of[a]), slice(a, b), _as_slice(inside[a:b])) for a, b in itertools.pairwise(bounds)]
         chunks_of = [{chunk: self._get(name, view, chunk) for chunk, *_ in runs} for name in self._names]
@@ -311,12 +244,3 @@ def _as_slice(rows: NDArray[np.integer]) -> slice | NDArray[np.integer]:
     if (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[0]) + len(rows))
     return rows
-
-
-def _manifest(images: Sequence[str] | str | Manifest | None, store: Store) -> Manifest | None:
-    """The images to train on; None where the store holds baked views and none are given."""
-    if isinstance(images, Manifest) or (images is None and store.recipe.bake is not None):
-        return images
-    if images is None:
-        return index(store.record.images.sources)
-    return index([images] if isinstance(images, str) else list(images))

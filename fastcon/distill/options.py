@@ -41,6 +41,14 @@ def parse_weight(text: str) -> tuple[str, float]:
     return name, weight
 
 
+def parse_part(text: str) -> tuple[int, ...]:
+    """ "K" or "A-B" → the numbers of parts. Raises ValueError."""
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        raise ValueError("is not a number or a range, as 0-3")
+    return tuple(range(int(first), int(last or first) + 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecomputeOptions(Options):
     """How views are made, and how logits are computed and stored."""
@@ -57,11 +65,15 @@ class PrecomputeOptions(Options):
         "Run teachers compiled (default) or as they are (none); auto: whichever is faster overall.",
         choices=("auto", "none", "default"),
     )
+    parts: int | None = option(None, "Make a store of so many parts, which processes can share.", low=2, high=100_000)
+    part: tuple[int, ...] = option((), "Make this part alone, or these, as 0-3 (default: all).", parse=parse_part)
 
     def __post_init__(self) -> None:
         from fastcon.store.codec import codec
 
         super().__post_init__()
+        if isinstance(self.part, int):
+            object.__setattr__(self, "part", (self.part,))
         codec(self.logits)
         if self.scale[0] > self.scale[1]:
             low, high = self.scale

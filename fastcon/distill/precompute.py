@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,14 @@ class Teacher:
     spec: str
     model: Classifier
     generalist: bool = False
+    _runs: dict[Any, Frozen] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def run(self, machine: Machine, batch_size: int, how: str) -> Frozen:
+        """The network made ready to run, once for all parts of a store."""
+        key = (machine, batch_size, how)
+        if key not in self._runs:
+            self._runs[key] = Frozen(self.model, machine, batch_size, how)
+        return self._runs[key]
 
     def __post_init__(self) -> None:
         if len(self.model.heads) > 1:
@@ -75,13 +83,14 @@ def precompute(
     batch_size: int = 128,
     logits: str = "float16",
     progress: Progress | None = None,
-    compile: str = "auto",
+    compile: str | Mapping[str, str] = "auto",
     say: Say = lambda line: None,
 ) -> int:
     """Fill a store; returns the number of rows computed (0: nothing was missing). progress gets (rows done, rows to do).
 
     logits: the codec's name. Every teacher is shown the first `view_count` views of each image of the manifest.
-    compile: "none", "default" (see `models.frozen`), or "auto", what the store has, else what pays for itself.
+    compile: "none", "default" (see `models.frozen`), or "auto", what the store has, else what pays for itself; or which of
+    the two for each teacher. Of the parts of a store the first keeps the generalist's weights: see `distill.parts`.
 
     Raises FastconError for a store, teacher or image set that does not go with what is recorded, Interrupted after a
     signal: finished chunks are then written.
@@ -99,10 +108,14 @@ def precompute(
             set_samples(store, decode_samples(store, manifest, machine))
         else:
             check_pixels(store, manifest, machine, exact=True)
+        first = manifest.share is None or manifest.share[0] == 0
         for teacher in teachers:
-            weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist else None
-            how = _way(store, teacher, machine, batch_size, compile, len(manifest) * view_count, say)
-            store.add_teacher(teacher.name, _record(teacher, machine, batch_size, logits, how), weights)
+            weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist and first else None
+            if isinstance(compile, Mapping):
+                how = compile[teacher.name]
+            else:
+                how = way(store, teacher, machine, batch_size, compile, len(manifest) * view_count, say)
+            store.add_teacher(teacher.name, record_of(teacher, machine, batch_size, logits, how), weights)
         missing = {teacher.name: ~store.done(teacher.name)[:view_count] for teacher in teachers}
         work = [
             (view, chunk)
@@ -206,18 +219,19 @@ def measure(manifest: Manifest, teachers: list[Teacher], options: PrecomputeOpti
     return Measured(rate, baked / len(indices))
 
 
-def _way(
-    store: StoreWriter, teacher: Teacher, machine: Machine, batch_size: int, compile: str, rows: int, say: Say
+def way(
+    store: StoreWriter | None, teacher: Teacher, machine: Machine, batch_size: int, compile: str, rows: int, say: Say
 ) -> str:
     """How a teacher is run: as requested, as its stored rows were made, or whichever is faster for `rows`."""
     if compile != "auto":
         return compile
-    if teacher.name in store.teachers and store.done(teacher.name).any():
+    if store and teacher.name in store.teachers and store.done(teacher.name).any():
         return store.teachers[teacher.name].compile or frozen.PLAIN
     return frozen.choose(teacher.model, machine, batch_size, rows, say)
 
 
-def _record(teacher: Teacher, machine: Machine, batch_size: int, logits: str, how: str) -> TeacherRecord:
+def record_of(teacher: Teacher, machine: Machine, batch_size: int, logits: str, how: str) -> TeacherRecord:
+    """What a store records of a teacher that is run on a settled machine, compiled or not as `how` says."""
     model = teacher.model
     return TeacherRecord(
         role="generalist" if teacher.generalist else "teacher",
@@ -266,9 +280,7 @@ def fill(
     pieces: dict[str, list[Parts]] = {}
     with _Writer(store) as writer, machine.computing() as cores:
         runs = {
-            teacher.name: Frozen(
-                teacher.model, machine, batch_size, store.teachers[teacher.name].compile or frozen.PLAIN
-            )
+            teacher.name: teacher.run(machine, batch_size, store.teachers[teacher.name].compile or frozen.PLAIN)
             for teacher in teachers
         }
 

@@ -18,7 +18,7 @@ from fastcon.errors import FastconError
 from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier, Head, save_safetensors
 from fastcon.models.load import from_bytes, load
-from fastcon.store.reader import Store
+from fastcon.store.reader import Stored
 
 Say = Callable[[str], None]
 Untrained = tuple[dict[str, Tensor], dict[str, str]]
@@ -29,7 +29,7 @@ ALIKE = 0.9
 """Least share of them on which both predict the same class if they are the same network."""
 
 
-def starting_network(store: Store, student: str | None) -> Classifier:
+def starting_network(store: Stored, student: str | None) -> Classifier:
     """The network that the student starts as: the generalist, from its stored weights, or `student`."""
     if student is None and store.generalist is None:
         raise FastconError(
@@ -44,7 +44,7 @@ def starting_network(store: Store, student: str | None) -> Classifier:
     return start
 
 
-def starts_as_generalist(start: Classifier, store: Store) -> bool:
+def starts_as_generalist(start: Classifier, store: Stored) -> bool:
     """Whether a student keeps the head it comes with as head 0."""
     if store.generalist is None:
         return False
@@ -105,7 +105,7 @@ def agreement(start: Classifier, loader: Loader, options: TrainOptions, machine:
 
 def build_student(
     student: Classifier,
-    store: Store,
+    store: Stored,
     names: list[str],
     options: TrainOptions,
     loader: Loader,
@@ -115,7 +115,7 @@ def build_student(
     heads = list(loader.heads)
     if options.labels:
         manifest = loader.manifest
-        if LABELS_HEAD in store.teachers or manifest is None or not (manifest.labels >= 0).all():
+        if LABELS_HEAD in store.teachers or manifest is None or not manifest.all_labelled:
             raise FastconError(
                 "`labels` needs a class for every proxy image (sub-folders are classes), and no teacher "
                 f"named {LABELS_HEAD!r}"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcon.data.manifest import Manifest
 from fastcon.distill import advice
 from fastcon.distill import loss as objective
 from fastcon.distill import student as students
-from fastcon.distill.loader import Batch, Loader, Schedule
+from fastcon.distill.loader import Batch, Loader
 from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.schedule import Schedule
 from fastcon.distill.tally import LABELS_HEAD, Taken, Tally
 from fastcon.errors import Interrupted, optional_import
 from fastcon.files import write_atomically
@@ -30,7 +30,9 @@ from fastcon.machine import Machine
 from fastcon.models.classifier import choose_batch_norm
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
-from fastcon.store.reader import Store
+from fastcon.store.images import Given
+from fastcon.store.parts import opened
+from fastcon.store.reader import Stored
 from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate, settle
 
 RESULT = RUN_WEIGHTS[0]
@@ -42,7 +44,7 @@ def train(
     options: TrainOptions | None = None,
     machine: Machine | None = None,
     upkeep: Upkeep | None = None,
-    images: list[str] | Manifest | None = None,
+    images: Given = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def train(
 
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
-    store, options, upkeep = Store(store_path), options or TrainOptions(), upkeep or Upkeep()
+    store, options, upkeep = opened(store_path), options or TrainOptions(), upkeep or Upkeep()
     start = students.starting_network(store, options.student)
     machine = settle(machine or Machine(), start, options.batch_size, out)
     options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
@@ -168,8 +170,8 @@ class Rows:
 
 
 def _loader(
-    store: Store,
-    images: list[str] | Manifest | None,
+    store: Stored,
+    images: Given,
     names: list[str],
     options: TrainOptions,
     machine: Machine,
@@ -200,7 +202,7 @@ def _loader(
     return loader
 
 
-def estimate(store: Store, options: TrainOptions) -> dict[str, Any]:
+def estimate(store: Stored, options: TrainOptions) -> dict[str, Any]:
     """What a run would do: steps, images left out of each epoch, bytes of logits read, and the weight of each head."""
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
     weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
@@ -215,7 +217,7 @@ def estimate(store: Store, options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def rough_temperature(store: Store, names: list[str], temperature: float) -> str | None:
+def rough_temperature(store: Stored, names: list[str], temperature: float) -> str | None:
     """Warning if top-k logits are exact only at another temperature."""
     rough = [n for n in names if isinstance(store.codec(n), TopK) and temperature != TopK.temperature]
     if not rough:
@@ -238,18 +240,18 @@ def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return dict(zip(("lr_backbone", "lr_heads"), (group["lr"] for group in optimizer.param_groups), strict=True))
 
 
-def _identity(store: Store, names: list[str]) -> dict[str, Any]:
+def _identity(store: Stored, names: list[str]) -> dict[str, Any]:
     """The identity of a store as far as a run depends on it."""
     return {
         "recipe": store.recipe.record(),
-        "images": store.record.images.digest,
+        "images": store.images_digest,
         "views": store.views,
         "generalist": store.generalist,
         "teachers": {name: store.teachers[name].weights for name in names},
     }
 
 
-def _lineage(store: Store, path: str, names: list[str]) -> dict[str, Any]:
+def _lineage(store: Stored, path: str, names: list[str]) -> dict[str, Any]:
     """A student's origin, for results: the proxy (named after its store) and what its teachers were taught."""
 
     def of(name: str) -> dict[str, Any]:

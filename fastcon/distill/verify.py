@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastcon.data import views
 from fastcon.data.decode import Request, decode, rgb
-from fastcon.data.manifest import Manifest, index
+from fastcon.data.manifest import ImageSet, Manifest
 from fastcon.distill import precompute
 from fastcon.distill.pending import Pending
 from fastcon.distill.precompute import Teacher
@@ -23,8 +23,9 @@ from fastcon.errors import FastconError
 from fastcon.machine import Machine
 from fastcon.models.frozen import Frozen
 from fastcon.models.load import from_bytes, load
-from fastcon.store import bake
+from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
+from fastcon.store.images import manifest_of
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
 from fastcon.store.replay import Replay
@@ -55,13 +56,19 @@ def verify(
     machine: Machine | None = None,
     repair: bool = False,
     seed: int = 0,
+    index: Callable[[Sequence[str]], ImageSet] = ImageSet,
 ) -> list[Check]:
-    """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all."""
+    """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all.
+
+    images: where they are now (default: where they were); index: how IMAGES are looked up.
+    """
+    if parts.has_parts(path):
+        assert not isinstance(images, Manifest)
+        return _verify_parts(path, index(images or parts.read(path).sources), rows, machine, repair, seed)
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)
-    manifest = images if isinstance(images, Manifest) else index(list(images or store.record.images.sources))
-    store.check_images(manifest)
+    manifest = manifest_of(store, images if isinstance(images, Manifest) else index(images or store.sources))
     if repair:
         _mend(store, manifest, machine)
         if store.recipe.bake is not None:
@@ -89,6 +96,38 @@ def verify(
         if rows and usable:
             checks.append(_recompute(store, manifest, name, rows, machine, seed))
     return checks
+
+
+def _verify_parts(
+    path: str, images: ImageSet, rows: int, machine: Machine | None, repair: bool, seed: int
+) -> list[Check]:
+    """The checks of every part, those of one kind on one line, and whether the parts are those that the record speaks of."""
+    binding = parts.read(path)
+    by_kind: dict[str, list[tuple[int, Check]]] = {}
+    other: list[str] = []
+    for number in range(binding.count):
+        where, share = parts.folder(path, number), (number, binding.count)
+        try:
+            checks = verify(where, images.manifest(share), -(-rows // binding.count), machine, repair, seed)
+            seen = parts.Bound.of(Store(where))
+            if binding.bound.get(number) != seen:
+                other.append(f"part {number} has {seen.rows:,} rows of {seen.views} views, the record says otherwise")
+        except FastconError as error:
+            checks = [Check("part", False, str(error))]
+        for check in checks:
+            by_kind.setdefault(check.what, []).append((number, check))
+    lines = [_of_all(what, found) for what, found in by_kind.items()]
+    text = f"{other[0]}: run `fastcon precompute` again" if other else f"{binding.count} parts, as the record says"
+    return [Check("parts", not other, text), *lines]
+
+
+def _of_all(what: str, found: list[tuple[int, Check]]) -> Check:
+    """One check for all parts."""
+    failed = [(number, check) for number, check in found if not check.passed]
+    if failed:
+        number, first = failed[0]
+        return Check(what, False, f"part {number}: {first.seen}" + f" (and {len(failed) - 1} more)" * (len(failed) > 1))
+    return Check(what, True, f"{len(found)} parts, the first: {found[0][1].seen}")
 
 
 def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
@@ -259,7 +298,7 @@ def _whole(store: Store, name: str) -> tuple[Check, bool, list[bake.Place]]:
 def _teacher(store: Store, name: str) -> Teacher:
     record = store.teachers[name]
     generalist = record.role == "generalist"
-    if generalist:
+    if generalist and record.weights_bytes is not None:
         model = from_bytes(store.weights(name), f"the generalist of {store.path}")
     else:
         model = load(str(record.spec), size=record.size, untrained=True)
@@ -321,7 +360,7 @@ def _parts(
     decoded = decode(replay.images, requests, [size], batch_size, machine)
     run = Frozen(teacher.model, machine, batch_size)  # uncompiled, even if the rows come from the compiled network
     batches = [Pending(run(pixels[size]), record.logits).parts() for pixels in decoded]
-    return {part: np.concatenate([parts[part] for parts in batches]) for part in batches[0]}
+    return {part: np.concatenate([batch[part] for batch in batches]) for part in batches[0]}
 
 
 def _compare(stored: torch.Tensor, computed: torch.Tensor, kind: str) -> tuple[float, float]:

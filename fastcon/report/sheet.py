@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcon.store.parts import opened
 from fastcon.store.reader import Store
 
 SHOWN, TOP, TEMPERATURE = 24, 3, 2.0
@@ -17,7 +18,7 @@ SHOWN, TOP, TEMPERATURE = 24, 3, 2.0
 
 def views(path: str) -> str:
     """Figures of up to 24 sample views of view 0, each teacher's top 3 classes below, with probabilities at T = 2."""
-    store = Store(path)
+    store = opened(path).part(0)
     rows, pixels = store.samples()
     chosen = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)
     view = store.view(0)

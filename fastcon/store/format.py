@@ -99,6 +99,19 @@ class ImagesRecord:
     name_bytes: int
     sources: list[str]
     """IMAGES as the user gave them, absolute: where the images were."""
+    share: tuple[int, int] | None = None
+    """(k, P): of these, the images whose id leaves the remainder k when divided by P; None: all."""
+
+    def json(self) -> dict[str, Any]:
+        """As written into the store."""
+        values = dataclasses.asdict(self)
+        return values if self.share else {key: value for key, value in values.items() if key != "share"}
+
+    @classmethod
+    def parse(cls, record: dict[str, Any]) -> ImagesRecord:
+        """The record that `json` wrote. Raises TypeError for another."""
+        share = record.get("share")
+        return cls(**{**record, "share": share and (int(share[0]), int(share[1]))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +155,10 @@ class TeacherRecord:
         lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
         return cls(**{**record, **lists})
 
+    def without_weights_file(self) -> TeacherRecord:
+        """As before its weights were stored."""
+        return dataclasses.replace(self, weights_file_digest=None, weights_bytes=None)
+
     def same_network(self, other: TeacherRecord) -> list[str]:
         """What differs between two records of one teacher, where it was computed or kept aside."""
         mine, theirs = self.json(), other.json()
@@ -168,7 +185,7 @@ class Record:
             "format": FORMAT,
             "recipe": self.recipe.record(),
             "pipeline": self.pipeline,
-            "images": dataclasses.asdict(self.images),
+            "images": self.images.json(),
             "views": self.views,
             "view_digests": self.view_digests,
             "samples_digest": self.samples_digest,
@@ -182,7 +199,7 @@ class Record:
         record = cls(
             Recipe.from_record(fields["recipe"]),
             fields["pipeline"],
-            ImagesRecord(**fields["images"]),
+            ImagesRecord.parse(fields["images"]),
             fields["views"],
             fields["view_digests"],
             fields["samples_digest"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fastcon.data.manifest import Manifest
 from fastcon.errors import FastconError, one_line
 from fastcon.store import arrays
+from fastcon.store.chunks import Chunks
 from fastcon.store.codec import Codec, Parts, codec
 from fastcon.store.format import (
     COPY,
@@ -21,6 +23,7 @@ from fastcon.store.format import (
     IMAGE_COLUMNS,
     SAMPLES,
     VIEW_COLUMNS,
+    Recipe,
     Record,
     TeacherRecord,
     View,
@@ -32,7 +35,74 @@ from fastcon.store.format import (
 )
 
 
-class Store:
+class Stored:
+    """Logits of views, in one store or in parts of it: what `Store` and `parts.StoreOfParts` have in common.
+
+    Rows and chunks are numbered through all parts.
+    """
+
+    path: str
+    recipe: Recipe
+    views: int
+    teachers: Mapping[str, TeacherRecord]
+    """Name → record of each teacher."""
+    chunking: Chunks
+    """How the rows of a view are divided."""
+    sources: list[str]
+    """IMAGES as they were given, absolute: where the images were."""
+    images_digest: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of a view: the images."""
+        return self.chunking.rows
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in one view of one teacher."""
+        return len(self.chunking)
+
+    @property
+    def generalist(self) -> str | None:
+        """The name of the generalist, if there is one."""
+        return next((name for name, teacher in self.teachers.items() if teacher.role == "generalist"), None)
+
+    def codec(self, name: str) -> Codec:
+        """How a teacher's logits are stored."""
+        return codec(self.teachers[name].logits)
+
+    def logit_bytes(self, name: str) -> int:
+        """Bytes of one row of a teacher's logits."""
+        return self.codec(name).row_bytes(len(self.teachers[name].classes))
+
+    def part(self, number: int) -> Store:
+        """A part of the store, opened."""
+        raise NotImplementedError
+
+    def require(self, name: str, views: int) -> None:
+        """Raise FastconError where not all logits of a teacher are there, for the first `views` views."""
+        raise NotImplementedError
+
+    def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
+        """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
+        return self.codec(name).decode(self.parts(name, view, chunk), len(self.teachers[name].classes))
+
+    def parts(self, name: str, view: int, chunk: int) -> Parts:
+        """One chunk of a teacher's logits as they are stored, verified; raises as `logits` does."""
+        part, inside = self.chunking.place(chunk)
+        return self.part(part).parts(name, view, inside)
+
+    def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
+        """The encoded bytes of a chunk's baked views, verified and mapped into memory; raises FastconError."""
+        part, inside = self.chunking.place(chunk)
+        return self.part(part).shard(view, inside)
+
+    def weights(self, name: str) -> bytes:
+        """The stored safetensors file of a teacher (the generalist has one)."""
+        return self.part(0).weights(name)
+
+
+class Store(Stored):
     """A store opened for reading. Raises FastconError where there is none, or of another format."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,35 +134,17 @@ class Store:
 
     def _take(self, record: Record) -> None:
         self.record, self.layout = record, layout(record)
-        self.recipe, self.rows, self.views = record.recipe, record.images.count, record.views
+        self.recipe, self.views, self.teachers = record.recipe, record.views, record.teachers
+        self.chunking = Chunks((record.images.count,), record.recipe.chunk_rows)
+        self.sources, self.images_digest = record.images.sources, record.images.digest
 
-    @property
-    def teachers(self) -> dict[str, TeacherRecord]:
-        """Name → record of each teacher."""
-        return self.record.teachers
-
-    @property
-    def generalist(self) -> str | None:
-        """The name of the generalist, if there is one."""
-        return next((name for name, teacher in self.teachers.items() if teacher.role == "generalist"), None)
-
-    def codec(self, name: str) -> Codec:
-        """How a teacher's logits are stored."""
-        return codec(self.teachers[name].logits)
-
-    def logit_bytes(self, name: str) -> int:
-        """Bytes of one row of a teacher's logits."""
-        return self.codec(name).row_bytes(len(self.teachers[name].classes))
-
-    @property
-    def chunks(self) -> int:
-        """Chunks in one view of one teacher."""
-        return -(-self.rows // self.recipe.chunk_rows)
+    def part(self, number: int) -> Store:
+        """See `Stored`: itself."""
+        return self
 
     def chunk_range(self, chunk: int) -> tuple[int, int]:
         """First row and one past the last row of a chunk."""
-        start = chunk * self.recipe.chunk_rows
-        return start, min(start + self.recipe.chunk_rows, self.rows)
+        return self.chunking.span(chunk)
 
     def view(self, view: int) -> View:
         """Order, boxes and flips of a view, checked against the record's digest."""
@@ -134,12 +186,18 @@ class Store:
         checksums = self._read(self._path(name, "checksums"))
         return checksums[: self.views] >= 0
 
-    def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
-        """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
-        return self.codec(name).decode(self.parts(name, view, chunk), len(self.teachers[name].classes))
+    def require(self, name: str, views: int) -> None:
+        """See `Stored`."""
+        unfinished = np.argwhere(~self.done(name)[:views])
+        if len(unfinished):
+            view, chunk = unfinished[0]
+            raise FastconError(
+                f"{self.path}: teacher {name!r} is not finished (first: view {view}, chunk {chunk}; "
+                f"{len(unfinished)} chunks in all): run `fastcon precompute` again, it resumes"
+            )
 
     def parts(self, name: str, view: int, chunk: int) -> Parts:
-        """One chunk of a teacher's logits as they are stored, verified; raises as `logits` does."""
+        """See `Stored`."""
         start, stop = self.chunk_range(chunk)
         where = f"{self.path}: teacher {name!r}, view {view}, chunk {chunk} (rows {start} to {stop - 1})"
         expected = self._checksum(name, view, chunk)
@@ -206,7 +264,7 @@ class Store:
         return self._read("baked/checksums")[: self.views] >= 0
 
     def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
-        """The encoded bytes of a chunk's baked views, verified and mapped into memory; raises FastconError."""
+        """See `Stored`."""
         path = self._shard_path(view, chunk)
         expected = int(self._read("baked/checksums", view)[chunk])
         if expected < 0:
@@ -229,7 +287,7 @@ class Store:
         return os.path.join(self.path, f"shards/view-{view:03d}/chunk-{chunk:05d}.tar")
 
     def weights(self, name: str) -> bytes:
-        """The stored safetensors file of a teacher (the generalist has one)."""
+        """See `Stored`."""
         if name not in self.teachers or self.teachers[name].weights_file_digest is None:
             raise FastconError(f"{self.path} keeps no weights of {name!r}, only those of a generalist")
         data = self._read(self._path(name, "weights"))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastcon.data import views
 from fastcon.data.manifest import Manifest
-from fastcon.errors import FastconError
+from fastcon.errors import Busy, FastconError
 from fastcon.files import write_atomically
 from fastcon.store import arrays
 from fastcon.store.codec import Parts, check_kind
@@ -69,7 +69,7 @@ class StoreWriter(Store):
                 "`teacher`, or use another `store`"
             )
         if name in self.teachers and self.done(name).any():
-            self._check_same_teacher(name, record)
+            check_same_teacher(self.path, name, self.teachers[name], record)
         else:  # nothing of it is stored: a teacher that failed at once may come back fixed
             self._create_teacher(name, record)
         if weights is not None:
@@ -150,17 +150,6 @@ class StoreWriter(Store):
         self._arrays.pop(path, None)
         self._commit(record)
 
-    def _check_same_teacher(self, name: str, record: TeacherRecord) -> None:
-        differing = self.teachers[name].same_network(record)
-        if not differing:
-            return
-        key = "weights" if "weights" in differing else differing[0]
-        was, now = (_short(teacher.json().get(key)) for teacher in (self.teachers[name], record))
-        raise FastconError(
-            f"teacher {name!r} is in {self.path} with {key} {was}, the one given has {now}: give the "
-            "recorded one, or add this one under another name"
-        )
-
     def repair_metadata(self) -> None:
         """Write the metadata files that differ from what the record implies."""
         files = self.metadata_files()
@@ -235,7 +224,7 @@ def open_for_writing(
         if not _exists(path):
             _create_store(path, manifest, recipe, view_count, pipeline)
         store = _reopened(path)
-        _check_recipe(store, recipe)
+        check_recipe(path, store.recipe, recipe)
         store.check_images(manifest)
         if view_count > store.views:
             store.grow(manifest, view_count)
@@ -298,7 +287,9 @@ def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int
     group = arrays.open_group(path, "a")
     columns = {name: np.asarray(getattr(manifest, name)) for name in IMAGE_COLUMNS}
     columns_digest = digest(*columns.values())
-    images = ImagesRecord(len(manifest), manifest.digest, columns_digest, len(columns["names"]), manifest.sources)
+    images = ImagesRecord(
+        len(manifest), manifest.digest, columns_digest, len(columns["names"]), manifest.sources, manifest.share
+    )
     record = Record(recipe, pipeline, images, view_count)
     created = {path: arrays.create(group, path, array_layout) for path, array_layout in layout(record).items()}
     for name, column in columns.items():
@@ -325,15 +316,29 @@ def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
     return View(order.astype(np.uint32), boxes, views.flips(recipe.seed, ids, view))
 
 
-def _check_recipe(store: Store, recipe: Recipe) -> None:
-    stored, given = store.recipe.record(), recipe.record()
+def check_same_teacher(path: str, name: str, stored: TeacherRecord, given: TeacherRecord) -> None:
+    """Raise FastconError where a store has another teacher of this name, or one that was computed otherwise."""
+    differing = stored.same_network(given)
+    if not differing:
+        return
+    key = "weights" if "weights" in differing else differing[0]
+    was, now = (_short(teacher.json().get(key)) for teacher in (stored, given))
+    raise FastconError(
+        f"teacher {name!r} is in {path} with {key} {was}, the one given has {now}: give the "
+        "recorded one, or add this one under another name"
+    )
+
+
+def check_recipe(path: str, recorded: Recipe, wanted: Recipe) -> None:
+    """Raise FastconError, naming the first difference, where a store's views were made otherwise."""
+    stored, given = recorded.record(), wanted.record()
     if stored["bake"] != given["bake"]:
         was, now = (f"views baked at quality {r['bake']}" if r["bake"] else "no baked views" for r in (stored, given))
-        raise FastconError(f"{store.path} was made with {was}, this call says {now}: use the same, or another `store`")
+        raise FastconError(f"{path} was made with {was}, this call says {now}: use the same, or another `store`")
     for key, value in stored.items():
         if value != given[key]:
             raise FastconError(
-                f"{store.path} was made with {key} {value}, this call says {given[key]}: use the same "
+                f"{path} was made with {key} {value}, this call says {given[key]}: use the same "
                 f"{key}, or another `store`"
             )
 
@@ -384,7 +389,7 @@ def _lock(path: str) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise FastconError(f"{path} is being written by {holder}: wait for it, or stop it first") from None
+            raise Busy(f"{path} is being written by {holder}: wait for it, or stop it first") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
