@@ -80,11 +80,18 @@ class Cores:
     """
 
     def __init__(
-        self, threads: int | None = None, device: torch.device | None = None, folder: str | None = None
+        self,
+        threads: int | None = None,
+        device: torch.device | None = None,
+        folder: str | None = None,
+        turns: bool = True,
     ) -> None:
-        """threads: None, as many as `default_threads` says. On a GPU nobody waits. folder: where the locks are."""
+        """threads: None, as many as `default_threads` says. On a GPU nobody waits. folder: where the locks are.
+
+        turns: whether to take turns with others; not so ranks that wait for each other in the middle of a step.
+        """
         self.threads = threads or default_threads()
-        self._shared = device is None or device.type == "cpu"
+        self._shared, self._takes_turns = device is None or device.type == "cpu", turns
         self._folder = Path(folder or os.path.join(tempfile.gettempdir(), f"fastcon-{os.getuid()}"))
         self.waited = 0.0
         """Seconds that other processes had the turn."""
@@ -103,7 +110,8 @@ class Cores:
                 self._folder.mkdir(mode=0o700, exist_ok=True)
                 allowed = sorted(self._before[1])
                 mine = allowed if self.threads >= len(allowed) else self._choose(allowed)
-                self._turns = [(self._open(f"queue-{core}"), self._open(f"core-{core}")) for core in mine]
+                taken = mine if self._takes_turns else []
+                self._turns = [(self._open(f"queue-{core}"), self._open(f"core-{core}")) for core in taken]
                 os.sched_setaffinity(0, mine)
         return self
 

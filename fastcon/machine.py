@@ -61,9 +61,12 @@ class Machine(Options):
         return precision_context(choose_precision(self.precision, self.target), self.target)
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[Cores]:
-        """The context of a stage's forward and backward passes: its cores, and true float32 (no TF32) on a GPU."""
-        with Cores(self.threads, self.target) as cores, _without_tf32(self.target):
+    def computing(self, turns: bool = True) -> Iterator[Cores]:
+        """The context of a stage's forward and backward passes: its cores, and true float32 (no TF32) on a GPU.
+
+        turns: as in `Cores`.
+        """
+        with Cores(self.threads, self.target, turns=turns) as cores, _without_tf32(self.target):
             yield cores
 
 

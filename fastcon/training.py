@@ -22,6 +22,7 @@ from fastcon.cores import Cores, cpu_name
 from fastcon.files import remembered, write_atomically
 from fastcon.machine import WORTH, Machine, cpu_has_bfloat16, precision_context
 from fastcon.models.classifier import Classifier
+from fastcon.ranks import Ranks
 from fastcon.run import recorded
 
 KEEP = 2
@@ -105,25 +106,37 @@ class Loop:
     """
 
     def __init__(
-        self, model: Classifier, optimizer: torch.optim.Optimizer, machine: Machine, folder: Path, seconds: float
+        self,
+        model: Classifier,
+        optimizer: torch.optim.Optimizer,
+        machine: Machine,
+        folder: Path,
+        seconds: float,
+        ranks: Ranks | None = None,
     ) -> None:
-        """machine: settled; folder: where checkpoints lie; seconds: the time between two of them."""
+        """machine: settled; folder: where checkpoints lie, which the first of the ranks reads and writes; seconds: the time
+        between two of them."""
         self.model, self.optimizer, self.step = model, optimizer, 0
+        self.ranks = ranks or Ranks(0, 1)
         self.device = machine.target
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.precision == "float16")
         self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
 
     def begin(self, seed: int) -> dict[str, Any] | None:
         """Continue from the newest checkpoint and return what else was saved with it; without one, seed the random state."""
-        state = newest(self._folder)
+        state = self.ranks.same(lambda: newest(self._folder))
         if state is None:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + self.ranks.number)  # each rank drops out others
             return None
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        _set_rng(state["rng"], self.device)
         self.step = state["step"]
+        others = state.get("rngs", [state["rng"]])
+        if self.ranks.number < len(others):
+            _set_rng(others[self.ranks.number], self.device)
+        else:  # more ranks than before
+            torch.manual_seed(seed + self.ranks.number + (self.step << 16))
         return state["more"]
 
     def update(self, loss: Tensor) -> None:
@@ -149,7 +162,11 @@ class Loop:
             "step": self.step,
             "more": more,
         }
-        _write(self._folder, self.step, state)
+        rngs = self.ranks.all(state["rng"])
+        if len(rngs) > 1:
+            state["rngs"] = rngs
+        if self.ranks.first:
+            _write(self._folder, self.step, state)
         self._saved = time.monotonic()
 
 

@@ -64,6 +64,7 @@ LAYERS = [
     "options",
     "cores",
     "machine",
+    "ranks",
     "run",
     "data",
     "models",

@@ -378,6 +378,8 @@ def test_threads_are_recorded_and_kept_when_it_goes_on(store_path, tmp_path, mon
         train(str(store_path), str(tmp_path), options, replace(MACHINE, threads=1), UPKEEP, progress=_stop_at(2))
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
     used: list[int] = []
-    monkeypatch.setattr(machine, "Cores", lambda threads, device: used.append(threads) or Cores(threads, device))
+    monkeypatch.setattr(
+        machine, "Cores", lambda threads, *more, **rest: used.append(threads) or Cores(threads, *more, **rest)
+    )
     train(str(store_path), str(tmp_path), options, MACHINE, UPKEEP)
     assert used == [1]

@@ -14,7 +14,7 @@ from fastcon.cli.output import Bar, finish, image_set, in_bytes, in_time, note
 from fastcon.data.options import Indexing
 from fastcon.distill.options import PrecomputeOptions, TrainOptions, Upkeep
 from fastcon.errors import FastconError, UsageError
-from fastcon.machine import Machine
+from fastcon.machine import Machine, rank
 
 if TYPE_CHECKING:
     from fastcon.data.manifest import Manifest
@@ -163,6 +163,8 @@ def train(
     bar = Bar("train", "steps")
     row = stage.train(store, out, options, machine, upkeep, given, say=note, progress=bar)
     bar.close()
+    if rank()[0] > 0:
+        return
     heads = "; ".join(f"{name}: {_values(head)}" for name, head in row["heads"].items())
     finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads})")
     if bar.seconds > upkeep.advise_seconds:

@@ -10,7 +10,8 @@ import click
 from fastcon import __version__
 from fastcon.cli.output import flags, note
 from fastcon.errors import FastconError, Interrupted, UsageError
-from fastcon.machine import keep_freed_memory
+from fastcon.machine import keep_freed_memory, rank
+from fastcon.ranks import Told
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 75  # 75: EX_TEMPFAIL, run the same command again
 
@@ -28,8 +29,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except Interrupted as error:
-            click.echo(f"fastcon: {error}", err=True)
+            if rank()[0] == 0:  # torchrun's others were stopped with it
+                click.echo(f"fastcon: {error}", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+        except Told:
+            ctx.exit(EXIT_ERROR)
         except FastconError as error:
             click.echo(f"fastcon: {flags(str(error))}", err=True)
             ctx.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
@@ -61,4 +65,7 @@ def main() -> None:
     torchvision:Flowers102?root=…&split=train. MODEL is torchvision:NAME[@WEIGHTS], timm:NAME[@pretrained],
     python:MODULE:FACTORY, a .safetensors file or the folder of a run; options follow a '?': ?size=64&mean=…&std=….
     """
+    command = click.get_current_context().invoked_subcommand
+    if rank()[1] > 1 and command not in ("precompute", "train"):
+        raise UsageError(f"{command} runs in one process: start it without torchrun")
     keep_freed_memory()

@@ -86,9 +86,11 @@ class Loader:
         threads: int | None = None,
         exact_pixels: bool = False,
         temperature: float = 2.0,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """images: where they are now (default: where they were; baked views need none); heads: teachers to read;
-        views: use the first so many of the store's (default: all)."""
+        views: use the first so many of the store's (default: all); rank: (r, W), yield the r-th of W equal shares of every
+        batch. The batches are the same for any W that divides the lanes."""
         self.store = store if isinstance(store, Stored) else opened(store)
         unneeded = images is None and self.store.recipe.bake is not None
         self.manifest = None if unneeded else images_of(self.store, images)
@@ -108,6 +110,7 @@ class Loader:
             seed,
             tuple(np.diff(self.store.chunking.part_starts).tolist()),
         )
+        self._share_among(*rank)
         first = self.manifest.part(0) if isinstance(self.manifest, PartImages) else self.manifest
         self.warning = check_pixels(self.store.part(0), first, self.machine, exact_pixels)
         self.waits = {"pixels": 0.0, "logits": 0.0}
@@ -118,6 +121,22 @@ class Loader:
         other = copy.copy(self)
         other._read(list(names), temperature)
         return other
+
+    def whole(self) -> Loader:
+        """The same batches, whole, on this rank."""
+        other = copy.copy(self)
+        other._share_among(0, 1)
+        return other
+
+    def _share_among(self, rank: int, ranks: int) -> None:
+        each, rest = divmod(self.schedule.lanes, ranks)
+        if rest:
+            raise FastconError(
+                f"{ranks} ranks do not divide the {self.schedule.lanes} lanes of a batch of {self.batch_size}: use a multiple "
+                f"of {ranks} as `lanes`, and a `batch_size` that they divide"
+            )
+        self._lanes = range(rank * each, (rank + 1) * each)
+        self._rows_each = self.batch_size // ranks
 
     def _read(self, names: list[str], temperature: float) -> None:
         self.names = names
@@ -144,7 +163,7 @@ class Loader:
         plan = [(epoch, skip if k == 0 else 0) for k, epoch in enumerate(epochs)]
         replay = Replay(self.store, self.manifest, keep=2 * self.schedule.lanes)
         requests = (replay.request(number, rows) for number, rows in self._rows(plan))
-        pixels = decode(replay.images, requests, [self.store.recipe.size], self.batch_size, self.machine)
+        pixels = decode(replay.images, requests, [self.store.recipe.size], self._rows_each, self.machine)
         rows = prefetch(_on(self.device, self._logits(plan)), depth=2)
         try:
             while True:
@@ -164,7 +183,7 @@ class Loader:
 
     def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for epoch, skip in plan:
-            for rows in self.schedule.batches(epoch, skip):
+            for rows in self.schedule.batches(epoch, skip, self._lanes):
                 yield epoch % self.views, rows
 
     def _logits(self, plan: Sequence[tuple[int, int]]) -> Iterator[_Rows]:

@@ -122,6 +122,9 @@ class TrainOptions(Options):
         "Train on the running statistics, which stay as they are, or on each batch's; auto: running, if there are any.",
         choices=BATCH_NORMS,
     )
+    sync_bn: bool = option(
+        False, "Of several ranks: batch-norms on the statistics of the whole batch, not of a rank's share."
+    )
     dropout: bool = option(False, "With dropout and stochastic depth, where the network has them.", both=True)
     seed: int = option(0, "Seed of new heads and of the order.", low=0, high=2**64 - 1)
     lanes: int | None = option(None, "Runs that a batch is drawn from (default: 8, 4, 2 or 1).", low=1)

@@ -85,7 +85,7 @@ def agreement(start: Classifier, loader: Loader, options: TrainOptions, machine:
     Weights, running statistics and random states stay as they are.
     """
     general, device = str(loader.store.generalist), machine.target
-    theirs = loader.with_heads([general], options.temperature)
+    theirs = loader.whole().with_heads([general], options.temperature)
     start.on(device).learn(options.batch_norm, options.dropout)
     buffers = [(buffer, buffer.clone()) for buffer in start.buffers()]
     sums, images = torch.zeros(3, dtype=torch.float64), 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import MultiHeadLoss
+from fastcon.ranks import Ranks
 
 LABELS_HEAD = "labels"
 METRICS = ("loss", "kl", "agreement")
@@ -18,8 +19,8 @@ METRICS = ("loss", "kl", "agreement")
 class Tally:
     """Sums of each head's loss, KL and agreement, on the device, from one row of metrics to the next."""
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self._names = names
+    def __init__(self, names: list[str], device: torch.device, ranks: Ranks | None = None) -> None:
+        self._names, self._ranks = names, ranks or Ranks(0, 1)
         self._sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._rows = 0
@@ -33,7 +34,7 @@ class Tally:
         if supervised is not None:
             self._sums[0, -1] += supervised.detach() * len(result.losses)
             self._loss += supervised.detach()
-        self._rows += len(result.losses)
+        self._rows += len(result.losses) * self._ranks.count
         self._batches += 1
 
     def take(self, about: dict[str, Any], reset: bool = True) -> Taken:
@@ -41,7 +42,8 @@ class Tally:
 
         about: what else the row holds, its step and epoch among it; to look for NaN in the sums so far the step suffices.
         """
-        sums = torch.cat([self._sums.flatten(), self._loss[None]])
+        sums = torch.cat([self._sums.flatten(), self._loss[None] / self._ranks.count])
+        sums = self._ranks.total(sums)
         host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=sums.is_cuda)
         host.copy_(sums, non_blocking=True)
         event = torch.cuda.current_stream(sums.device).record_event() if sums.is_cuda else None
@@ -53,13 +55,15 @@ class Tally:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """Its state for a checkpoint."""
-        return {"sums": self._sums, "loss": self._loss, "rows": self._rows, "batches": self._batches}
+        """Its state for a checkpoint, over all ranks."""
+        sums, loss = self._ranks.total(self._sums), self._ranks.total(self._loss / self._ranks.count)
+        return {"sums": sums, "loss": loss, "rows": self._rows, "batches": self._batches}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self._sums.copy_(state["sums"])
-        self._loss.copy_(state["loss"])
+        mine = float(self._ranks.first)  # the others begin anew
+        self._sums.copy_(state["sums"] * mine)
+        self._loss.copy_(state["loss"] * mine * self._ranks.count)
         self._rows, self._batches = state["rows"], state["batches"]
 
 

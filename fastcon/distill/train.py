@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from fastcon.distill.loader import Batch, Loader
 from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.schedule import Schedule
 from fastcon.distill.tally import LABELS_HEAD, Taken, Tally
-from fastcon.errors import Interrupted, optional_import
+from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.files import write_atomically
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
 from fastcon.machine import Machine
-from fastcon.models.classifier import choose_batch_norm
+from fastcon.models.classifier import Classifier, choose_batch_norm
+from fastcon.ranks import Ranks, join
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
 from fastcon.store.images import Given
@@ -52,34 +54,48 @@ def train(
 
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
-    store, options, upkeep = opened(store_path), options or TrainOptions(), upkeep or Upkeep()
-    start = students.starting_network(store, options.student)
-    machine = settle(machine or Machine(), start, options.batch_size, out)
-    options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
-    names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
-    weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
-    config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
-    config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": machine.precision}
-    config["lineage"] = _lineage(store, store_path, names)
-    run = Run(out, config, machine.threads)
-    if run.finished(RESULT):
+    options, upkeep, machine = options or TrainOptions(), upkeep or Upkeep(), machine or Machine()
+    ranks = join(machine.target)
+    if not ranks.first:
+        say, progress = (lambda line: None), None
+    with ranks.agreeing():
+        store = opened(store_path)
+        start = students.starting_network(store, options.student)
+    precision = ranks.same(partial(_precision, machine, start, options.batch_size, out))
+    machine = dataclasses.replace(machine, device=str(machine.target), precision=precision)
+    with ranks.agreeing(in_turn=True):
+        options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
+        names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+        weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
+        config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
+        config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": precision}
+        config |= {"sync_bn": options.sync_bn or None, "lineage": _lineage(store, store_path, names)}
+        if options.sync_bn and ranks.count > 1 and machine.target.type != "cuda":
+            raise FastconError("`sync_bn` needs GPUs: PyTorch synchronises batch-norms on them only")
+        run = Run(out, config, machine.threads)
+        finished = run.finished(RESULT)
+        machine = dataclasses.replace(machine, threads=run.threads)
+        if not finished:
+            loader = _loader(store, images, names, options, machine, upkeep, say, ranks)
+    ranks.require_same("another store or other options", config)
+    if ranks.same(lambda: finished):
         say(f"{out} is finished: nothing to do")
-        return json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
-    machine = dataclasses.replace(machine, threads=run.threads)
-    loader = _loader(store, images, names, options, machine, upkeep, say)
+        return ranks.same(lambda: json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1]))
     begun = None
-    if newest(run.checkpoints) is None and students.starts_as_generalist(start, store):
-        begun = students.agreement(start, loader, options, machine)
+    if ranks.same(lambda: newest(run.checkpoints) is None) and students.starts_as_generalist(start, store):
+        begun = ranks.same(lambda: students.agreement(start, loader, options, machine))
         begun.warn(say, options)
     student, untrained = students.build_student(start, store, names, options, loader, say)
-    run.begin()
+    ranks.same(run.begin)
     device = machine.target
+    if options.sync_bn:
+        student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     student.on(device).learn(options.batch_norm, options.dropout)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
     segments = objective.segments(widths, weights, options.temperature, kinds)
     optimizer = make_optimizer(student, options.lr_backbone, options.lr_heads, options.momentum, options.weight_decay)
-    loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes)
-    tally = Tally(names + ([LABELS_HEAD] if options.labels else []), device)
+    loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes, ranks)
+    tally = Tally(names + ([LABELS_HEAD] if options.labels else []), device, ranks)
     steps = loader.schedule.steps
     total = steps * options.epochs
 
@@ -87,19 +103,23 @@ def train(
     if saved is not None:
         tally.load(saved["tally"])
         say(f"resuming {out} at step {loop.step} of {total}")
-    rows = Rows(run, total, loop.step, saved["metrics"] if saved else 0, upkeep.tensorboard)
+    rows = Rows(run, total, loop.step, saved["metrics"] if saved else 0, upkeep.tensorboard, ranks.first)
     if begun:
-        rows.metrics.write(begun.row())
-    forward = compiled(student, upkeep.compile)
+        rows.put(begun.row())
+    forward = compiled(ranks.parallel(student, buffers=options.batch_norm == "batch"), upkeep.compile)
 
     def save() -> None:
         rows.write(wait=True)
         tally.take({"step": loop.step}, reset=False).refuse_nan(out)
-        loop.save({"tally": tally.state(), "metrics": rows.metrics.position})
+        loop.save({"tally": tally.state(), "metrics": rows.position})
 
     began, start_step = time.monotonic(), loop.step
     epoch, done = divmod(loop.step, steps)
-    with machine.computing() as cores, stop_signals() as stop:
+    with (
+        machine.computing(turns=ranks.count == 1) as cores,
+        ranks.lost(f": the same command resumes from the last checkpoint in {out}"),
+        stop_signals() as stop,
+    ):
         waits = Waits(loader.waits, cores)
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
             set_rate(optimizer, loop.step / total, options.milestones)
@@ -118,34 +138,52 @@ def train(
             rows.write(wait=False)
             if progress:
                 progress(loop.step, total)
-            if stop or ends or loop.due():
+            stopped, due = ranks.most(stop[0] if stop else 0, loop.due())
+            if stopped or ends or due:
                 save()
             waits.step(time.perf_counter() - housekeeping)
-            if stop and loop.step < total:
+            if stopped and loop.step < total:
                 rows.close()
-                waits.write(run)
+                if ranks.first:
+                    waits.write(run)
                 raise Interrupted(
-                    f"stopped by signal {stop[0]} at step {loop.step} of {total}, saved; run the same command to resume"
+                    f"stopped by signal {stopped} at step {loop.step} of {total}, saved; run the same command to resume"
                 )
         rows.write(wait=True)
         rows.close()
-        write_atomically(run.path / RUN_HEADS, student.export_heads())
-        run.end(RESULT, students.export(student, names, untrained))
-        long = time.monotonic() - began > upkeep.advise_seconds and loop.step > start_step
-        waits.write(run, advice.measure(student, batch.pixels, machine.precision, cores) if long else None)
+        if ranks.first:
+            write_atomically(run.path / RUN_HEADS, student.export_heads())
+            run.end(RESULT, students.export(student, names, untrained))
+            long = time.monotonic() - began > upkeep.advise_seconds and loop.step > start_step
+            waits.write(run, advice.measure(student, batch.pixels, machine.precision, cores) if long else None)
     return rows.last
+
+
+def _precision(machine: Machine, start: Classifier, batch_size: int, out: str) -> str:
+    return settle(machine, start, batch_size, out).precision
 
 
 class Rows:
     """The rows of metrics.jsonl, of run.log and of TensorBoard, each written when its sums have come from the device."""
 
-    def __init__(self, run: Run, total: int, step: int, position: int, tensorboard: bool) -> None:
-        self.metrics = Metrics(run.path / "metrics.jsonl", position)
+    def __init__(self, run: Run, total: int, step: int, position: int, tensorboard: bool, writes: bool) -> None:
+        """writes: whether anything is written, which the first rank does for all."""
+        self._metrics = Metrics(run.path / "metrics.jsonl", position) if writes else None
         self.taken: Taken | None = None
         """The row in transit."""
         self.last: dict[str, Any] = {}
         self._run, self._total, self._logged = run, total, time.monotonic()
-        self._board = _tensorboard(run, step) if tensorboard else None
+        self._board = _tensorboard(run, step) if tensorboard and writes else None
+
+    @property
+    def position(self) -> int:
+        """Bytes of metrics written so far."""
+        return self._metrics.position if self._metrics else 0
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics."""
+        if self._metrics:
+            self._metrics.write(row)
 
     def write(self, wait: bool) -> None:
         """Write the row that was last taken, if it has arrived or is waited for. Raises FastconError for a loss of NaN."""
@@ -154,7 +192,9 @@ class Rows:
         self.taken.refuse_nan(str(self._run.path))
         row, self.taken = self.taken.row(), None
         self.last = row
-        self.metrics.write(row)
+        self.put(row)
+        if not self._metrics:
+            return
         now = time.monotonic()
         rate = row["images"] / (now - self._logged)
         self._run.log(f"step {row['step']}/{self._total} loss {row['loss']:.4f} {rate:.0f} img/s")
@@ -164,7 +204,8 @@ class Rows:
 
     def close(self) -> None:
         """Close the files."""
-        self.metrics.close()
+        if self._metrics:
+            self._metrics.close()
         if self._board:
             self._board.close()
 
@@ -177,6 +218,7 @@ def _loader(
     machine: Machine,
     upkeep: Upkeep,
     say: Callable[[str], None],
+    ranks: Ranks,
 ) -> Loader:
     """The batches of a run, with what is to be said of them."""
     loader = Loader(
@@ -191,6 +233,7 @@ def _loader(
         loader=machine.loader,
         threads=machine.threads,
         exact_pixels=upkeep.exact_pixels,
+        rank=(ranks.number, ranks.count),
     )
     for warning in (loader.warning, rough_temperature(store, names, options.temperature)):
         if warning:

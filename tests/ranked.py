@@ -1,0 +1,54 @@
+"""What the ranks of test_ranks.py run, under torchrun: ranked.py CALLS, a JSON list of the arguments of `fastcon.train`.
+
+Each rank prints one JSON line a call: what it was told, how many steps it took, the last row of metrics or the error.
+"die": [rank, step] kills a rank with SIGKILL at a step, "stop": [rank, step] sends it SIGTERM; "only": {rank: arguments that
+it alone gets}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import fastcon
+from fastcon.errors import FastconError
+from fastcon.machine import rank
+from fastcon.ranks import Told
+
+
+def run(call: dict) -> None:
+    number, said = rank()[0], []
+    ends = {signal.SIGKILL: call.pop("die", None), signal.SIGTERM: call.pop("stop", None)}
+    mine = call.pop("only", {}).get(str(number), {})
+
+    def say(line: str) -> None:
+        said.append(line)
+
+    from fastcon.distill import train as module
+
+    real = module.set_rate
+    steps = []
+
+    def at_step(*args):
+        steps.append(1)
+        for kind, place in ends.items():
+            if place == [number, len(steps)]:
+                os.kill(os.getpid(), kind)
+        return real(*args)
+
+    module.set_rate = at_step
+    try:
+        told = {"row": fastcon.train(**{**call, **mine}, say=say)}
+    except FastconError as error:
+        told = {"error": str(error), "quiet": isinstance(error, Told)}
+    finally:
+        module.set_rate = real
+    line = json.dumps({"rank": number, "said": said, "steps": len(steps), **told})
+    os.write(1, f"{line}\n".encode())  # at once, so that lines of several ranks do not mix
+
+
+if __name__ == "__main__":
+    for call in json.loads(sys.argv[1]):
+        run(call)

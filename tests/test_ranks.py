@@ -1,0 +1,138 @@
+"""Training with several ranks: the same batches and, but for rounding, the same student; what ends one rank ends all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.train import train
+from fastcon.errors import FastconError
+from fastcon.machine import Machine, choose_device, rank
+from fastcon.ranks import Ranks, Told
+
+CALL = {"epochs": 2, "batch_size": 24, "lr_backbone": 1e-5, "lr_heads": 1e-4, "precision": "float32", "log_every": 2}
+
+
+def ranked(ranks: int, *calls: dict, check: bool = True) -> list[list[dict]]:
+    """The lines of every rank, call by call."""
+    script = Path(__file__).with_name("ranked.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, json.dumps(calls)], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    lines = [json.loads(line) for line in re.findall(r"^\{.*\}$", done.stdout, re.MULTILINE)]
+    of_rank = [[line for line in lines if line["rank"] == number] for number in range(ranks)]
+    return [[lines[k] for lines in of_rank if k < len(lines)] for k in range(len(calls))]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "student.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, store_path):
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    options = TrainOptions(epochs=2, batch_size=24, lr_backbone=1e-5, lr_heads=1e-4)
+    train(str(store_path), str(out), options, Machine("cpu", "float32", threads=1), Upkeep(log_every=2))
+    return out
+
+
+def test_two_ranks_train_as_one(tmp_path, store_path, generalist_file, alone):
+    """And what does not go together is said once, by the first of them."""
+    call = {"store": str(store_path), "out": str(tmp_path / "two"), **CALL}
+    other = {**call, "out": str(tmp_path / "x")}
+    lines, again, odd, seeds, lost, synced = ranked(
+        2,
+        call,
+        call,
+        other | {"lanes": 3},
+        other | {"only": {"1": {"seed": 5}}},
+        other | {"only": {"1": {"store": str(tmp_path / "nowhere")}}},
+        other | {"sync_bn": True},
+    )
+    assert [line["steps"] for line in lines] == [12, 12]
+    assert lines[0]["row"] == lines[1]["row"]
+    one, two = ((run / "metrics.jsonl").read_text().splitlines() for run in (alone, tmp_path / "two"))
+    assert len(one) == len(two) == 7
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert {key: a[key] for key in ("step", "epoch", "images")} == {
+            key: b[key] for key in ("step", "epoch", "images")
+        }
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        for name, values in a["heads"].items():
+            assert b["heads"][name] == pytest.approx(values, rel=1e-2, abs=1e-5)
+    ours, theirs, start = weights(alone), weights(tmp_path / "two"), load_file(generalist_file)
+    assert ours.keys() == theirs.keys() == start.keys()
+    moved = {key: np.abs(value - start[key]).max() for key, value in ours.items()}
+    assert sum(way > 0 for way in moved.values()) > 50
+    for key, value in ours.items():  # what training changed is the same but for a fiftieth
+        np.testing.assert_allclose(theirs[key], value, rtol=1e-6, atol=2e-2 * moved[key] + 1e-9, err_msg=key)
+
+    assert [line["said"] for line in again] == [[f"{tmp_path / 'two'} is finished: nothing to do"], []]
+    assert again[0]["row"] == again[1]["row"] == lines[0]["row"]
+
+    for failed, text in (
+        (odd, "2 ranks do not divide the 3 lanes of a batch of 24"),
+        (seeds, "rank 1 has another store or other options than rank 0: seed differ"),
+        (lost, "rank 1 of 2: .*nowhere"),
+        (synced, "`sync_bn` needs GPUs"),
+    ):
+        assert [line["quiet"] for line in failed] == [False, True], failed
+        assert re.match(text, failed[0]["error"]), failed[0]["error"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_ranks_stop_together_and_others_go_on(tmp_path, store_path, alone):
+    """One rank of three is stopped, then one is killed; a single process and two ranks end what they began."""
+    call = {"store": str(store_path), "out": str(tmp_path / "run"), **CALL, "lanes": 6}
+    [stopped] = ranked(3, call | {"stop": [2, 4]})
+    assert {line["error"] for line in stopped} == {
+        "stopped by signal 15 at step 4 of 12, saved; run the same command to resume"
+    }
+    [dead] = ranked(3, call | {"die": [1, 3]}, check=False)  # torchrun ends the others
+    for line in dead:
+        assert line["error"].startswith("one of the 3 ranks is gone, and so the others end: the same command resumes")
+    assert [line["rank"] for line in dead if not line["quiet"]] in ([0], [])
+    [ended] = ranked(2, call)
+    assert ended[0]["said"][-1] == f"resuming {tmp_path / 'run'} at step 6 of 12"  # the end of an epoch
+    assert [line["steps"] for line in ended] == [6, 6]
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows == [0, 2, 4, 6, 8, 10, 12]
+    options = TrainOptions(epochs=2, batch_size=24, lr_backbone=1e-5, lr_heads=1e-4, lanes=6)
+    train(str(store_path), str(tmp_path / "one"), options, Machine("cpu", "float32", threads=1), Upkeep(log_every=2))
+    one, ours = weights(tmp_path / "one"), weights(tmp_path / "run")
+    for key, value in one.items():
+        np.testing.assert_allclose(ours[key], value, atol=1e-4, err_msg=key)
+
+
+def test_one_rank_needs_nobody():
+    ranks = Ranks(0, 1)
+    assert (ranks.same(lambda: 3), ranks.all("x"), ranks.most(1, 2), ranks.first) == (3, ["x"], [1, 2], True)
+    with pytest.raises(FastconError, match="as it is"), ranks.agreeing():
+        raise FastconError("as it is")
+    with pytest.raises(RuntimeError, match="gloo"), ranks.lost():
+        raise RuntimeError("gloo")
+    with pytest.raises(RuntimeError, match="shapes"), Ranks(1, 2).lost():
+        raise RuntimeError("shapes do not match")  # no loss of a rank
+    with pytest.raises(Told, match="one of the 2 ranks is gone"), Ranks(1, 2).lost():
+        raise RuntimeError("[gloo/transport] Connection closed by peer")
+
+
+def test_ranks_are_torchruns(monkeypatch):
+    assert rank() == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert rank() == (3, 4)
+    assert choose_device("auto").type == "cpu"
