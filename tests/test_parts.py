@@ -266,6 +266,20 @@ def test_parts_that_do_not_belong_together_are_refused(copy, tmp_path, images, p
         list(Loader(str(copy), None, 30))
 
 
+def test_parts_decode_alike(copy, images, teachers, monkeypatch):
+    """Another decoder may make parts only where its pixels are the same."""
+    (copy / "part-00002").rename(copy / "gone")
+    binding = parts.read(str(copy))
+    with parts.changing(str(copy)) as write:
+        write(replace(binding, bound={0: binding.bound[0], 1: binding.bound[1]}))
+    other = replace(MACHINE, loader="torchvision")
+    with pytest.raises(FastconError, match="images decode differently from when .*part-00000 was made"):
+        distilled.make(str(copy), images, teachers, OPTIONS, 2, other)
+    assert not (copy / "part-00002").exists()
+    monkeypatch.setattr(distilled.decode, "settings", lambda machine: {"decoder": "newer"})  # with the same pixels
+    assert make(copy, images, teachers) == 2 * binding.bound[2].rows
+
+
 def _fewer(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "fewer")
     for file in sorted(path for path in (tmp_path / "fewer").rglob("*") if path.is_file())[:30]:
