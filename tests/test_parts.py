@@ -110,7 +110,7 @@ def test_the_same_bytes_part_by_part(whole, tmp_path, images, teachers):
     assert make(tmp_path / "s", images, teachers, parts=None) == 0
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_same_bytes_by_torchrun(tmp_path, proxy_folder, generalist_file, teacher_file, ranks):
     command = [
         "precompute",
@@ -273,7 +273,7 @@ def test_parts_decode_alike(copy, images, teachers, monkeypatch):
     with parts.changing(str(copy)) as write:
         write(replace(binding, bound={0: binding.bound[0], 1: binding.bound[1]}))
     other = replace(MACHINE, loader="torchvision")
-    with pytest.raises(FastconError, match="images decode differently from when .*part-00000 was made"):
+    with pytest.raises(FastconError, match=r"images decode differently from when .*part-00000 was made"):
         distilled.make(str(copy), images, teachers, OPTIONS, 2, other)
     assert not (copy / "part-00002").exists()
     monkeypatch.setattr(distilled.decode, "settings", lambda machine: {"decoder": "newer"})  # with the same pixels
@@ -303,6 +303,14 @@ def test_what_parts_cannot_be_made_of(tmp_path, store_path, proxy_folder, images
             PrecomputeOptions(part=text)
     assert PrecomputeOptions(part="2-4").part == (2, 3, 4)
     assert PrecomputeOptions(part=2).part == (2,)
+
+
+def test_ranks_begin_with_different_parts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number, order in (("0", [0, 1, 2, 3]), ("1", [2, 3, 0, 1])):
+        monkeypatch.setenv("RANK", number)
+        assert distilled._in_turn(4, ()) == order
+    assert distilled._in_turn(4, (1, 3)) == [3, 1]
 
 
 def test_opening_reads_the_record_alone(whole, monkeypatch):

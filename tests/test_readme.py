@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import configparser
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,11 +76,34 @@ def test_the_python_runs(name, demo_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_parses(page):
-    shell = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
-    lines = [line.removeprefix("$ ") for line in shell.splitlines()]
+    shell = "\n".join(re.findall(r"```(?:sh|console|bash)\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
+    lines = [
+        line.removeprefix("$ ").removesuffix(" &").replace("$SLURM_ARRAY_TASK_ID", "7") for line in shell.splitlines()
+    ]
+    lines = [re.sub(r"^torchrun .* -m fastcon ", "fastcon ", line) for line in lines]
     for line in [line for line in lines if line.startswith("fastcon ")]:
         words = shlex.split(line, comments=True)[1:]
         main.commands[words[0]].make_context(words[0], words[1:])
+
+
+def test_the_slurm_job_saves_and_queues_itself_again(tmp_path):
+    """Its signals, with stand-ins for torchrun and scontrol that write down what they were told."""
+    array, job = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.S)
+    assert subprocess.run(["bash", "-n"], input=array, text=True, check=False).returncode == 0
+    (tmp_path / "torchrun").write_text(
+        "#!/bin/bash\ntrap 'sleep 0.2; echo saved; exit 75' TERM\necho began\nsleep 60 & wait\n"
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $@"\n')
+    for name in ("torchrun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    (tmp_path / "job").write_text(job)
+    with subprocess.Popen(
+        ["bash", str(tmp_path / "job")], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout.readline() == "began\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "saved\nscontrol requeue 12\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--views", type=click.IntRange(1), required=True, help="Augmented views of every image.")
 @click.option("--generalist", type=NamedModel(), default=None, help="The generalist: the student starts from it.")
 @click.option("--teacher", "teachers", type=NamedModel(), multiple=True, help="A task-specific teacher (repeatable).")
+@click.option("--ray", default=None, help="Make the parts on a Ray cluster: its address, auto, or local (extra).")
 @group("options", PrecomputeOptions)
 @group("machine", Machine)
 @group("indexing", Indexing)
@@ -37,6 +39,7 @@ def precompute(
     views: int,
     generalist: tuple[str, str] | None,
     teachers: tuple[tuple[str, str], ...],
+    ray: str | None,
     options: PrecomputeOptions,
     machine: Machine,
     indexing: Indexing,
@@ -79,8 +82,14 @@ def precompute(
         size, rate, seconds = in_bytes(cost["bytes"]), cost["rows_per_second"], in_time(cost["seconds"])
         finish(cost, json_file, f"would store {size} in about {seconds} ({rate:,.0f} rows/s here)")
         return
-    bar = Bar("precompute", "rows")
-    done = parts.make(store, manifest or given, loaded, options, views, machine, bar, note)
+    bar = Bar("precompute", "parts" if ray else "rows")
+    if ray:
+        from fastcon.distill import on_ray
+
+        task = on_ray.Task(store, images, generalist, teachers, options, views, machine, indexing, os.getcwd())
+        done = on_ray.precompute(ray, task, bar)
+    else:
+        done = parts.make(store, manifest or given, loaded, options, views, machine, bar, note)
     bar.close()
     finish(*_made(store, done, bar.seconds, manifest, json_file))
 
