@@ -24,6 +24,7 @@ _GAP_AIM = 1e-5  # where the solver stops
 _STEPS = 100
 _STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
+_ROUNDING = 1e-5  # relative, of an objective in float32
 _RANK = 16  # of the dual's preconditioner
 _PRIMAL_RANK = 64
 _DUAL_INNER_STEPS = 32
@@ -181,9 +182,10 @@ def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) ->
             step = _conjugate_steps(gram, ridge, support, residual)
         else:
             step = _factored_steps(matrix, ridge, support, residual)
-        before = point.gap
+        before = point
         point = _line_search(matrix, signs, cost, point, kept + step, torch.addmm(kept_scores, step, matrix))
-        if single and not bool((point.gap < before / 2).any()):
+        nearer = (point.gap < before.gap / 2) | (point.primal < before.primal * (1 - _ROUNDING))
+        if single and not bool(nearer.any()):
             break  # float32 goes no further
     result.beta[problems], result.gap[problems] = point.beta, point.gap
     return result

@@ -9,6 +9,8 @@ from conftest import rng
 from fastcon.kernels import svm
 from sklearn.svm import LinearSVC
 
+from fastcon.bench.probe import features_like_resnets
+
 
 def problem(classes=8, shots=5, width=64, seed=0, spread=0.6):
     """Features with the norm of a ResNet's (about 25), non-negative, in overlapping classes."""
@@ -149,3 +151,21 @@ def test_blocks_of_problems_do_not_show(monkeypatch):
     whole = svm.solve(gram, signs, 1.0).beta
     monkeypatch.setitem(svm._BLOCK, "cpu", 400)
     torch.testing.assert_close(svm.solve(gram, signs, 1.0).beta, whole)
+
+
+def test_float32_goes_as_far_as_it_can(monkeypatch):
+    """A first step that does not bring the dual nearer is no end: what float32 leaves undone takes float64 twice the time."""
+    x, y = features_like_resnets(30, 5, 512)
+    rows, signs = torch.from_numpy(x).double(), torch.from_numpy(np.where(y == np.arange(30)[:, None], 1.0, -1.0))
+    gram, beta, steps = svm.Gram.of(rows @ rows.T + 1), None, {torch.float32: 0, torch.float64: 0}
+    real = svm._line_search
+
+    def counted(matrix, signs, *rest):
+        steps[signs.dtype] += len(signs)
+        return real(matrix, signs, *rest)
+
+    monkeypatch.setattr(svm, "_line_search", counted)
+    for cost in (1e-3, 1e-2, 1e-1):
+        beta = svm.solve(gram, signs, cost, beta).beta
+    assert steps[torch.float32] > 100
+    assert steps[torch.float64] < 0.05 * steps[torch.float32]
