@@ -267,8 +267,12 @@ def test_ours_beside_the_papers(tmp_path):
         "b": ("consolidated", ["cars"], [0.50, 0.50]),
         "c": ("consolidated", ["cars"], [0.40, 0.40]),
         "d": ("consolidated", ["cars"], [0.20, 0.20]),
+        "taught": ("teacher", ["cars"], [0.35, 0.35]),
+        "small": ("teacher", ["cars"], [0.25, 0.25]),
     }
     lines = {
+        "taught": {"split": "t1/5"},
+        "small": {"split": "t1/5"},
         "a": {},
         "b": {"balance": "1:3"},
         "c": {"split": "t1/5", "architecture": "small"},
@@ -276,7 +280,7 @@ def test_ours_beside_the_papers(tmp_path):
     }
     result = probe(rows, task="cars196", train=["cars.tar"])
     for row in result["results"]:
-        row["architecture"] = "net"
+        row["architecture"] = "small" if row["name"] == "small" else "net"
         if row["name"] in lines:
             known = lineage("cars196", proxy="imagenet")
             changes = dict(lines[row["name"]])
@@ -293,13 +297,15 @@ def test_ours_beside_the_papers(tmp_path):
         ("Cars196 (t-split) repr. consolid. old:new = 1:1", "a"),
         ("Cars196 (t-split) repr. consolid. old:new = 1:3", "b"),
         ("Cars196 10% (Res18) repr. consolid.", "c"),
+        ("Cars196 10% classes teacher", "taught"),
+        ("Cars196 10% classes (Res18) teacher", "small"),
     }
     first = next(cell for cell in found["cells"] if cell["ours"] == "a")
     assert (first["task"], first["difference"]) == ("cars196:d", pytest.approx(60.0 - 59.21))
     assert "not in table4: d" in found["missing"]
     assert "not measured by us: dtd:d" in found["missing"]
     assert "no counterpart of ours: DTD (t-split) trad. distill" in found["missing"]
-    assert (found["published"], found["compared"]) == (495, 6)
+    assert (found["published"], found["compared"]) == (495, 8)
     stem = tmp_path / "out" / "5-shot-linear-SVM-ours-beside-table4"
     assert "| 60.0 / 59.2 (+0.8) | – / 70.0 |" in stem.with_suffix(".md").read_text()
     line = next(row for row in csv.DictReader(stem.with_suffix(".csv").open()) if row["ours"] == "b")

@@ -217,7 +217,8 @@ def _seeds(row: dict[str, Any], result: dict[str, Any]) -> tuple[int, int]:
 
 def _representation(spec: str, facts: dict[str, Any]) -> Representation:
     origin_facts = row_facts(spec, facts)
-    lineage = _lineage(origin_facts["method"], origin_facts["lineage"]) if origin_facts.get("lineage") else None
+    own = facts.get("architecture") if origin_facts["method"] == "teacher" else None
+    lineage = _lineage(origin_facts["method"], origin_facts["lineage"], own) if origin_facts.get("lineage") else None
     if origin_facts["method"] == "generalist":
         lineage = Lineage("generalist")
     return Representation(
@@ -229,9 +230,10 @@ def _representation(spec: str, facts: dict[str, Any]) -> Representation:
     )
 
 
-def _lineage(method: str, facts: dict[str, Any]) -> Lineage:
+def _lineage(method: str, facts: dict[str, Any], own: str | None) -> Lineage:
+    """own: the architecture of a teacher that is itself the representation."""
     teachers = [
-        Taught(str(t["task"]), str(t["split"]), t.get("architecture")) for t in facts["teachers"] if t.get("task")
+        Taught(str(t["task"]), str(t["split"]), t.get("architecture", own)) for t in facts["teachers"] if t.get("task")
     ]
     return Lineage(
         method,
