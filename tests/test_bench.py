@@ -13,7 +13,7 @@ from fastcon.kernels import svm
 from fastcon.kernels.multihead_ce import multihead_cross_entropy
 
 from fastcon import bench
-from fastcon.bench import fixtures, kernel, loader, probe, store, train
+from fastcon.bench import fixtures, growth, kernel, loader, probe, store, train
 from fastcon.data.manifest import index
 from fastcon.distill import loss as objective
 from fastcon.distill.loader import Loader
@@ -21,6 +21,7 @@ from fastcon.machine import Machine
 from fastcon.models import frozen
 from fastcon.models.frozen import Frozen
 from fastcon.store.format import Recipe
+from fastcon.store.parts import opened
 from fastcon.store.reader import Store
 from fastcon.transfer.solvers import LinearSVM
 
@@ -194,3 +195,28 @@ def test_the_speed_table_comes_from_the_records(tmp_path):
     assert "(`loss_vs_eager`) | 0.50 to 2.00 (2 cases) | ≥ 1 | not measured | ≥ 5 |" in made
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert module.table(Path(module.__file__).parent / "results") in readme
+
+
+def test_stages_grow_as_they_do(tmp_path, monkeypatch, capsys):
+    """Every stage runs on what those before it made, and a row says how it grew."""
+    monkeypatch.setattr(growth, "PART", 40)
+    for stage in growth.STAGES:
+        for rows in (100, 150):
+            growth.main(stage, str(rows), str(tmp_path))
+            facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+            assert facts["seconds"] > 0
+            assert facts["megabytes"] > 100
+    assert Store(tmp_path / "store-150").require("constant", 2) is None
+    assert opened(tmp_path / "parts-150").rows == 4 * 40
+    asked = []
+
+    def measured(stage, size, scratch):
+        asked.append((stage, size))
+        return {"seconds": size**0.5, "megabytes": size / 10}
+
+    monkeypatch.setattr(growth, "_measured", measured)
+    rows = growth.bench(lambda line: None, 10_000_000)
+    assert [size for stage, size in asked if stage == "index"] == [10**4, 10**5, 10**6]
+    assert [size for stage, size in asked if stage == "verify"] == [10**4, 10**5, 10**6, 10**7]
+    assert {round(row["exponent"], 6) for row in rows} == {0.5}
+    assert {round(row["ratio"], 3) for row in rows} == {3.162}

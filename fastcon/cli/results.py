@@ -113,7 +113,7 @@ def report(
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe"]))
+@click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe", "growth"]))
 @click.option(
     "--images",
     multiple=True,
