@@ -30,6 +30,8 @@ COMMANDS = [
     "forget",
     "info",
     "report",
+    "relate",
+    "rank",
     "dedup",
     "bench",
     "demo",

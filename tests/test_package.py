@@ -42,7 +42,7 @@ def imported(path: Path) -> set[str]:
         ("zarr", {"store/arrays"}),
         ("nvidia", {"data/decode"}),
         ("triton", {"multihead_ce_triton"}),
-        ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe"}),
+        ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe", "distill/relate"}),
         ("tarfile", {"data/sources", "data/datasets", "store/bake"}),
     ],
 )

@@ -82,6 +82,7 @@ def export(
 @click.option(
     "--views", default=None, help="STORE of which sample views are shown, with what the teachers say of them."
 )
+@click.option("--relate", default=None, help="STORE whose teachers are compared: heat map, domains.")
 @common
 def report(
     results: tuple[str, ...],
@@ -93,6 +94,7 @@ def report(
     threshold: float,
     title: str,
     views: str | None,
+    relate: str | None,
     json_file: str | None,
 ) -> None:
     """Tables, tally and figures of RESULTS on one page, OUT/index.html.
@@ -108,8 +110,29 @@ def report(
     """
     from fastcon.report import write_report
 
-    facts = write_report(results, out, generalist, related, best, references, threshold, views, title, say=click.echo)
+    facts = write_report(
+        results, out, generalist, related, best, references, threshold, views, relate, title, say=click.echo
+    )
     finish(facts, json_file, f"{out}/index.html")
+
+
+@main.command()
+@click.argument("store")
+@click.option("--rows", type=click.IntRange(16), default=2048, show_default=True, help="Rows to compare at most.")
+@common
+def relate(store: str, rows: int, json_file: str | None) -> None:
+    """How alike the teachers of a STORE are, which domains they form, and what the proxy does not cover.
+
+    From the stored logits alone: no model is run. `fastcon report --relate STORE` draws it.
+
+    \b
+    fastcon relate store
+    """
+    from fastcon.distill.relate import relate as stage
+    from fastcon.report.relations import text
+
+    found = stage(store, rows)
+    finish(found.json(), json_file, text(found))
 
 
 @main.command()

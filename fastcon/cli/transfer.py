@@ -1,4 +1,4 @@
-"""teach, probe, finetune, evaluate."""
+"""teach, probe, rank, finetune, evaluate."""
 
 from __future__ import annotations
 
@@ -77,6 +77,46 @@ def probe(
         click.echo(f"{row['backbone']}: {accuracy:.2%} ± {ci95:.2%} (std {std:.2%}, {trials} trials)")
 
     finish(stage(backbones, task, options, machine, indexer(indexing), Bar, note, show), json_file)
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True)
+@group("task", Task)
+@click.option(
+    "--top",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="So many are probed, those with the best LogME.",
+)
+@group("options", ProbeOptions)
+@group("machine", Machine)
+@group("indexing", Indexing)
+@common
+def rank(
+    models: tuple[str, ...],
+    task: Task,
+    top: int,
+    options: ProbeOptions,
+    machine: Machine,
+    indexing: Indexing,
+    json_file: str | None,
+) -> None:
+    """Which of many MODELS to take for a task: all by LogME, which trains nothing, and the best of them by their probe.
+
+    \b
+    fastcon rank runs/* --train birds/ --holdout 0.5 --top 5 --trials 10
+    """
+    from fastcon.transfer.rank import rank as stage
+
+    found = stage(models, task, options, machine, indexer(indexing), top, Bar, note)
+    lines = []
+    for place, row in enumerate(found["results"], 1):
+        probed = f"{row['accuracy']:.2%} ± {row['ci95']:.2%}" if "accuracy" in row else "not probed"
+        lines.append(f"{place:3}. {row['backbone']}: {probed}, LogME {row['logme']:.4f}")
+    if found["agreement"] is not None:
+        lines.append(f"LogME and the probes agree by a Kendall tau of {found['agreement']:.2f}")
+    finish(found, json_file, "\n".join(lines))
 
 
 @main.command()

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fastcon.data.published import RELATED
+from fastcon.distill.relate import relate as compare_teachers
 from fastcon.errors import FastconError
 from fastcon.files import write_atomically
 from fastcon.report import figures, sheet, tables
 from fastcon.report.cells import Table
 from fastcon.report.reference import Comparison, compare
+from fastcon.report.relations import heat_map
+from fastcon.report.relations import section as about_relations
 from fastcon.report.results import Results, read
 from fastcon.report.tally import Counts, Line, printed, tally
 
@@ -71,6 +74,7 @@ def write_report(
     references: Sequence[str] = (),
     threshold: float = THRESHOLD,
     views: str | None = None,
+    relate: str | None = None,
     title: str = "fastcon report",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -78,12 +82,12 @@ def write_report(
 
     paths: RESULTS. generalist: the label of the generalist. related: TEACHER=TASK of further related tasks. best:
     NAME=LABEL,LABEL,… a row more, the best of these on its related tasks. references: published tables, as CSV files or the
-    names of the paper's, to stand beside ours. views: a STORE of which sample views are shown. title: the page's.
-    Raises FastconError.
+    names of the paper's, to stand beside ours. views: a STORE of which sample views are shown. relate: a STORE
+    whose teachers are compared. title: the page's. Raises FastconError.
     """
-    if not paths and views is None:
+    if not paths and views is None and relate is None:
         raise FastconError(
-            "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), or `views` STORE"
+            "nothing to report: give RESULTS (JSON of probe, finetune or evaluate, RUN folders, CSV), `views` or `relate` STORE"
         )
     aliases = {teacher: set(tasks) for teacher, tasks in RELATED.items()}
     for pair in related:
@@ -96,6 +100,7 @@ def write_report(
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.html").exists())):
         raise FastconError(f"{out} holds other files: give an empty or a new folder as `out`")
     shown = sheet.views(views) if views is not None else ""
+    related_teachers = compare_teachers(relate) if relate is not None else None
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "index.html", b"")  # so that a second try finds its own folder
     sections: list[str] = []
@@ -115,6 +120,9 @@ def write_report(
         )
         if figure is not None
     ]
+    if related_teachers is not None:
+        picture = _figure(heat_map(related_teachers), folder / "teachers")
+        sections.append(_section(f"teachers of {relate}", picture, about_relations(related_teachers)))
     if views is not None:
         sections.append(_section(f"views of {views}", shown))
     sections.append(_section("configuration and cost", *_remake(results, paths, out)))

@@ -9,9 +9,9 @@ from fastcon.errors import UsageError
 from fastcon.options import Options, option, positive
 
 TRIALS = 50
+"""The paper's number of draws."""
 FEW = 10
 """Features of a whole set are computed and cached, unless a probe needs under 1 image in 10."""
-"""The paper's number of draws."""
 C_GRID = tuple(10.0**k for k in range(-3, 4))
 SOLVERS = ("auto", "batched", "sklearn", "cuml")
 

@@ -42,7 +42,7 @@ def probe(
     several = splits.MULTI_LABEL_SHOTS if train.multi_label else splits.SHOTS
     shots, trials = (None, 1) if options.full else (options.shots or several, options.trials or TRIALS)
     models = {spec: load(spec) for spec in backbones}
-    size = options.size or _common_size({spec: model.size for spec, model in models.items()})
+    size = options.size or common_size({spec: model.size for spec, model in models.items()})
     say(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images, {size} px")
     record = {
         "command": "probe",
@@ -125,7 +125,8 @@ def _row(spec: str, result: Result, classes: Sequence[str], seconds: float) -> d
     }
 
 
-def _common_size(sizes: dict[str, int]) -> int:
+def common_size(sizes: dict[str, int]) -> int:
+    """The input size that all backbones name. Raises UsageError where they name several."""
     if len(set(sizes.values())) > 1:
         pairs = ", ".join(f"{spec}: {size}" for spec, size in sizes.items())
         raise UsageError(f"the backbones name different input sizes ({pairs}): choose one with `size`")

@@ -1,0 +1,251 @@
+"""How alike the teachers of a store are, from what they said of the same rows; no model is run.
+
+Two measures, of teachers with whatever classes. Linear CKA of their logits (Kornblith et al., "Similarity of Neural
+Network Representations Revisited", ICML 2019) with the unbiased HSIC (Song et al., "Feature Selection via Dependence
+Maximization", JMLR 2012): 1 for outputs that are equal up to a rotation and a scale, 0 for unrelated ones. And the mutual
+information of their predicted classes, normalised and adjusted for chance (Vinh et al., "Information Theoretic Measures
+for Clusterings Comparison", JMLR 2010).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcon.errors import FastconError
+from fastcon.store.parts import opened
+from fastcon.store.reader import Stored
+
+ROWS, CHUNKS = 2048, 8
+"""Rows that are compared, and chunks they come from, at most."""
+SUBSTANTIAL = 0.25
+"""Least mean silhouette of a grouping: below there is "no substantial structure" (Kaufman & Rousseeuw 1990)."""
+ALIKE, REDUNDANT = 0.5, 0.95
+"""CKA from which teachers without such structure count as one domain; and from which one of two adds little."""
+NEAR_CONSTANT = 0.1
+"""Share of the information that its classes could carry below which a teacher says nearly the same of every image."""
+FEWEST = 64
+"""Images that must be in the sample of two views to say how consistent a teacher is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a teacher says of a proxy, by itself."""
+
+    classes: int
+    information: float
+    """Of the predicted class about the image, as a share of what that many classes could carry: 0 for a constant."""
+    used: float
+    """Classes that it effectively uses: the perplexity of its mean prediction (of labels: of several, their number)."""
+    confidence: float
+    """Mean probability of its prediction."""
+    consistency: float | None
+    """Share of images of which two views are predicted alike; None: too few images are in the sample twice."""
+
+    @property
+    def near_constant(self) -> bool:
+        """Whether the proxy does not cover what it was taught."""
+        return self.information < NEAR_CONSTANT
+
+
+@dataclasses.dataclass(frozen=True)
+class Relations:
+    """How the teachers of a store relate; matrices [N, N] in the order of `names`."""
+
+    store: str
+    names: list[str]
+    generalist: str | None
+    rows: int
+    cka: NDArray[np.float64]
+    shared: NDArray[np.float64]
+    """Adjusted mutual information of predicted classes: 0 by chance, 1 at most."""
+    outputs: dict[str, Outputs]
+    domains: list[list[str]]
+    """Task-specific teachers, grouped by average linkage on 1 - CKA where that has structure."""
+    silhouette: float | None
+    """Of that grouping; None where it was not found by it."""
+    redundant: list[tuple[str, str]]
+
+    def json(self) -> dict[str, Any]:
+        """As it is written into results."""
+        return dataclasses.asdict(self) | {"cka": self.cka.tolist(), "shared": self.shared.tolist()}
+
+
+def relate(path: str | os.PathLike[str], rows: int = ROWS) -> Relations:
+    """Compare the teachers of a store on up to `rows` rows of its first view. Raises FastconError."""
+    store = opened(path)
+    names = list(store.teachers)
+    if len(names) < 2:
+        raise FastconError(f"{store.path} has {len(names)} teacher: there is nothing to compare")
+    for name in names:
+        store.require(name, 1)
+    chunks = np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist()
+    logits = {name: _sample(store, name, chunks, rows) for name in names}
+    grams = {name: _gram(values, store.teachers[name].kind) for name, values in logits.items()}
+    predicted = {name: values.argmax(1) for name, values in logits.items()}
+    cka, shared = np.eye(len(names)), np.eye(len(names))
+    for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
+        cka[i, j] = cka[j, i] = similarity(grams[a], grams[b])
+        shared[i, j] = shared[j, i] = _shared(predicted[a], predicted[b])
+    again = _twice(store, chunks) if store.views > 1 else []
+    outputs = {name: _outputs(store, name, values, again) for name, values in logits.items()}
+    experts = [k for k, name in enumerate(names) if name != store.generalist]
+    groups, silhouette = domains(cka[np.ix_(experts, experts)])
+    grouped = [[names[experts[k]] for k in group] for group in groups]
+    redundant = [(names[i], names[j]) for i, j in itertools.combinations(experts, 2) if cka[i, j] >= REDUNDANT]
+    count = len(next(iter(logits.values())))
+    return Relations(store.path, names, store.generalist, count, cka, shared, outputs, grouped, silhouette, redundant)
+
+
+def similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """CKA of two Gram matrices [n, n], by the unbiased HSIC; below 0 only by chance. 0 where one of them is constant."""
+    norms = _hsic(a, a) * _hsic(b, b)
+    return 0.0 if norms <= 0 else float(_hsic(a, b) / norms**0.5)
+
+
+def domains(cka: NDArray[np.float64]) -> tuple[list[list[int]], float | None]:
+    """Groups of teachers [N, N], by average linkage on 1 - CKA, as many as give the best mean silhouette (Rousseeuw 1987).
+
+    Where that is below SUBSTANTIAL there are no groups: all are one if they are alike on the whole, else each its own.
+    """
+    count = len(cka)
+    if count == 0:
+        return [], None
+    apart = np.clip(1 - (cka + cka.T) / 2, 0, None)
+    np.fill_diagonal(apart, 0)
+    best: tuple[float, list[int]] = (0.0, [])
+    for number in range(2, count):
+        labels = _cut(apart, number)
+        value = float(np.mean(_silhouettes(apart, labels)))
+        if value > best[0]:
+            best = value, labels
+    if best[0] >= SUBSTANTIAL:
+        groups = [[k for k, label in enumerate(best[1]) if label == group] for group in dict.fromkeys(best[1])]
+        return groups, best[0]
+    pairs = cka[np.triu_indices(count, 1)]
+    alike = count == 1 or pairs.mean() >= ALIKE
+    return ([list(range(count))] if alike else [[k] for k in range(count)]), None
+
+
+def linkage(cka: NDArray[np.float64]) -> NDArray[np.float64]:
+    """SciPy's linkage matrix [N - 1, 4] of `domains`, for a dendrogram."""
+    from scipy.cluster.hierarchy import linkage as scipys
+    from scipy.spatial.distance import squareform
+
+    apart = np.clip(1 - (cka + cka.T) / 2, 0, None)
+    np.fill_diagonal(apart, 0)
+    return scipys(squareform(apart, checks=False), "average")
+
+
+def _cut(apart: NDArray[np.float64], number: int) -> list[int]:
+    from scipy.cluster.hierarchy import fcluster
+
+    return fcluster(linkage(1 - apart), number, "maxclust").tolist()
+
+
+def _silhouettes(apart: NDArray[np.float64], labels: Sequence[int]) -> list[float]:
+    """Of each teacher: how much nearer its own group is than the nearest other; 0 of one that is alone."""
+    groups = {label: np.flatnonzero(np.array(labels) == label) for label in labels}
+    values = []
+    for k, label in enumerate(labels):
+        own = groups[label]
+        if len(own) == 1:
+            values.append(0.0)
+            continue
+        inside = apart[k, own].sum() / (len(own) - 1)
+        outside = min(apart[k, other].mean() for name, other in groups.items() if name != label)
+        values.append(float((outside - inside) / max(inside, outside, 1e-12)))
+    return values
+
+
+def _sample(store: Stored, name: str, chunks: list[int], rows: int) -> NDArray[np.float32]:
+    """A teacher's logits of as many rows of each chunk of view 0; rows lie in random order."""
+    share = -(-rows // len(chunks))
+    return np.concatenate([store.logits(name, 0, chunk)[:share] for chunk in chunks]).astype(np.float32)[:rows]
+
+
+def _gram(logits: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """X X^T of centred logits at unit scale; of a softmax's rows the mean means nothing, so it is taken out, too."""
+    x = logits - logits.mean(1, keepdims=True) if kind == "softmax" else logits
+    x = x - x.mean(0)
+    norm = np.linalg.norm(x)
+    x = x / norm * len(x) ** 0.5 if norm > 0 else x
+    gram = x @ x.T
+    np.fill_diagonal(gram, 0)
+    return gram
+
+
+def _hsic(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The unbiased estimate (Song et al., Eq. 5) of two Gram matrices with empty diagonals."""
+    n = len(a)
+    rows_a, rows_b = a.sum(0, dtype=np.float64), b.sum(0, dtype=np.float64)
+    product = float(np.einsum("ij,ij->", a, b, dtype=np.float64))
+    product += rows_a.sum() * rows_b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * float(rows_a @ rows_b)
+    return product / (n * (n - 3))
+
+
+def _shared(a: NDArray[np.intp], b: NDArray[np.intp]) -> float:
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there may be as many classes as rows
+        return float(adjusted_mutual_info_score(a, b))
+
+
+def _outputs(
+    store: Stored, name: str, logits: NDArray[np.float32], again: list[tuple[int, int, NDArray, NDArray]]
+) -> Outputs:
+    teacher = store.teachers[name]
+    z = logits.astype(np.float64)
+    if teacher.kind == "sigmoid":
+        p = 1 / (1 + np.exp(-z))
+        information = float((_bits(p.mean(0)) - _bits(p).mean(0)).mean() / np.log(2))
+        used = float(p.mean(0).sum())
+        confidence = float(np.maximum(p, 1 - p).mean())
+    else:
+        p = np.exp(z - z.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        mean = p.mean(0)
+        whole = -float((mean * np.log(np.maximum(mean, 1e-300))).sum())
+        each = -float((p * np.log(np.maximum(p, 1e-300))).sum(1).mean())
+        information, used, confidence = (whole - each) / np.log(max(len(mean), 2)), np.exp(whole), p.max(1).mean()
+    alike = [
+        store.logits(name, 0, first)[rows].argmax(1) == store.logits(name, 1, second)[others].argmax(1)
+        for first, second, rows, others in again
+    ]
+    images = sum(map(len, alike))
+    consistency = float(np.concatenate(alike).mean()) if images >= FEWEST else None
+    return Outputs(len(teacher.classes), float(information), float(used), float(confidence), consistency)
+
+
+def _bits(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy of a yes or no, in nats."""
+    q = np.clip(p, 1e-300, 1 - 1e-16)
+    return -(q * np.log(q) + (1 - q) * np.log1p(-q))
+
+
+def _twice(store: Stored, chunks: list[int]) -> list[tuple[int, int, NDArray, NDArray]]:
+    """Where the same images lie in chunks of views 0 and 1: both chunks, and the rows in each."""
+    found = []
+    for first, second in itertools.product(chunks, chunks):
+        if store.chunking.place(first)[0] == store.chunking.place(second)[0]:  # a part has its own images
+            _, rows, others = np.intersect1d(
+                _order(store, 0, first), _order(store, 1, second), assume_unique=True, return_indices=True
+            )
+            if len(rows):
+                found.append((first, second, rows, others))
+    return found
+
+
+def _order(store: Stored, view: int, chunk: int) -> NDArray[np.uint32]:
+    """Which image of its part each row of a chunk is."""
+    part, inside = store.chunking.place(chunk)
+    start, stop = store.part(part).chunk_range(inside)
+    return store.part(part).view(view).order[start:stop]
