@@ -168,7 +168,8 @@ def test_a_store_in_parts(store, tmp_path):
         where = parts.folder(str(path), number)
         with open_for_writing(where, manifest_of(ROWS // 2), parts_of.recipe, 2, {}) as writer:
             for name, values in planted().items():
-                record = TeacherRecord("teacher", weights=name, classes=tuple(map(str, range(values.shape[1]))))
+                role, classes = "generalist" if name == "general" else "teacher", range(values.shape[1])
+                record = TeacherRecord(role, weights=name, classes=tuple(map(str, classes)))
                 parts_of.teachers[name] = record
                 writer.add_teacher(name, record, None)
                 for view in (0, 1):

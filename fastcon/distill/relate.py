@@ -120,11 +120,11 @@ def domains(cka: NDArray[np.float64]) -> tuple[list[list[int]], float | None]:
         return [], None
     apart = np.clip(1 - (cka + cka.T) / 2, 0, None)
     np.fill_diagonal(apart, 0)
-    best: tuple[float, list[int]] = (0.0, [])
+    best: tuple[float, list[int]] = (1e-6, [])
     for number in range(2, count):
         labels = _cut(apart, number)
         value = float(np.mean(_silhouettes(apart, labels)))
-        if value > best[0]:
+        if value > best[0] - 1e-9:  # of two that are as good the finer
             best = value, labels
     if best[0] >= SUBSTANTIAL:
         groups = [[k for k, label in enumerate(best[1]) if label == group] for group in dict.fromkeys(best[1])]
@@ -145,9 +145,9 @@ def linkage(cka: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cut(apart: NDArray[np.float64], number: int) -> list[int]:
-    from scipy.cluster.hierarchy import fcluster
+    from scipy.cluster.hierarchy import cut_tree
 
-    return fcluster(linkage(1 - apart), number, "maxclust").tolist()
+    return cut_tree(linkage(1 - apart), number)[:, 0].tolist()
 
 
 def _silhouettes(apart: NDArray[np.float64], labels: Sequence[int]) -> list[float]:
