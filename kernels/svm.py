@@ -295,7 +295,7 @@ def solve_primal(features: Tensor, signs: Tensor, cost: float, start: Tensor | N
         if bool((gap <= GAP / 2).all()):
             return Primal(weights, gap)
         support = (slack > 0).to(features.dtype)
-        inner = torch.stack([(leading * mask[:, None]).T @ leading for mask in support.T])
+        inner = _inner(leading, support)
         rest = (norms @ support - inner.diagonal(dim1=1, dim2=2).sum(1)).clamp_min(0) / (d + 1)
         precondition = _Leading(basis, 2 * cost * inner, 1 + 2 * cost * rest)
         step = _conjugate_gradients(features, support, cost, -gradient, precondition)
@@ -334,6 +334,17 @@ def _leading(features: Tensor) -> Tensor:
     for _ in range(3):
         basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
     return basis
+
+
+def _inner(rows: Tensor, support: Tensor) -> Tensor:
+    """X^T M X of each class [K, r, r], of rows [n, r] and its support [n, K], by blocks of rows that stay in the cache."""
+    classes, rank = support.shape[1], rows.shape[1]
+    out = rows.new_zeros(classes, rank, rank)
+    step = max(64, 16 * _BLOCK[rows.device.type] // (classes * rank))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        out.baddbmm_((support[start : start + step].T[:, :, None] * block).mT, block.expand(classes, -1, -1))
+    return out
 
 
 def _scores(features: Tensor, weights: Tensor) -> Tensor:
