@@ -38,10 +38,12 @@ def table(results: Path) -> str:
             machines[row["device"]] = (
                 hardware.get("gpu") if row["device"] == "cuda" else f"{hardware['cores']} CPU cores"
             )
-    head = [machines.get("cpu", "CPU"), machines.get("cuda", "GPU")]
+    head = [machines.get(device, f"{name}, not measured") for device, name in (("cpu", "CPU"), ("cuda", "GPU"))]
     lines = [f"| ratio, larger is better | {head[0]} | aim | {head[1]} | aim |", "|---|---|---|---|---|"]
     for name, says, cpu, gpu in ROWS:
-        cells = [_cell(rows.get((name, "cpu"))), _aim(cpu), _cell(rows.get((name, "cuda"))), _aim(gpu)]
+        cells = []
+        for device, aim in (("cpu", cpu), ("cuda", gpu)):
+            cells += [_cell(rows.get((name, device))) if device in machines else "", _aim(aim)]
         if (name, "cpu") not in rows and (name, "cuda") not in rows:
             continue
         lines.append(f"| {says} (`{name}`) | {' | '.join(cells)} |")

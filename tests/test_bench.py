@@ -191,8 +191,15 @@ def test_the_speed_table_comes_from_the_records(tmp_path):
     ]
     (tmp_path / "a-cpu.json").write_text(json.dumps({"hardware": {"cores": 2}, "rows": rows}))
     made = module.table(tmp_path)
-    assert "(`loader`) | 2.00 (500 against 250 img/s) | ≥ 1.5 | not measured |" in made
-    assert "(`loss_vs_eager`) | 0.50 to 2.00 (2 cases) | ≥ 1 | not measured | ≥ 5 |" in made
+    assert "(`loader`) | 2.00 (500 against 250 img/s) | ≥ 1.5 |  |  |" in made
+    assert "(`loss_vs_eager`) | 0.50 to 2.00 (2 cases) | ≥ 1 |  | ≥ 5 |" in made
+    assert "| 2 CPU cores | aim | GPU, not measured | aim |" in made
+    gpu = bench.compared("loader", [900.0], [300.0], "img/s", "cuda")
+    (tmp_path / "a-cuda.json").write_text(json.dumps({"hardware": {"cores": 2, "gpu": "One"}, "rows": [gpu]}))
+    both = module.table(tmp_path)
+    assert "| 2 CPU cores | aim | One | aim |" in both
+    assert "(`loader`) | 2.00 (500 against 250 img/s) | ≥ 1.5 | 3.00 (900 against 300 img/s) |" in both
+    assert "(2 cases) | ≥ 1 | not measured | ≥ 5 |" in both
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert module.table(Path(module.__file__).parent / "results") in readme
 
