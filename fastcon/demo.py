@@ -82,7 +82,7 @@ def run(out: str, command: Command, say: Callable[[str], None]) -> dict[str, Any
     runs = [backbones[method] for method in METHODS]
     call(
         "all of it on one page",
-        "report --generalist generalist --views {store} --out {out}",
+        "report --generalist generalist --views {store} --relate {store} --out {out}",
         *probes,
         *runs,
         store=store,

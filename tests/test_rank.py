@@ -12,6 +12,7 @@ from sklearn.linear_model import BayesianRidge
 
 from fastcon.cli.main import main
 from fastcon.errors import FastconError
+from fastcon.transfer import rank as ranking
 from fastcon.transfer.logme import logme
 from fastcon.transfer.rank import kendall
 
@@ -51,7 +52,7 @@ def test_agreement_of_orders():
     assert kendall([1, 2, 3], [5, 5, 5]) is None
 
 
-def test_models_in_order(tmp_path, labelled_folder):
+def test_models_in_order(tmp_path, labelled_folder, monkeypatch):
     specs = [str(make_model(tmp_path / f"{k}.safetensors", ["a", "b"], k)) for k in range(4)]
     command = ["rank", *specs, "--train", str(labelled_folder), "--holdout", "0.5", "--top", "3", "--trials", "3"]
     told = CliRunner().invoke(main, [*command, "--json", str(tmp_path / "r.json")])
@@ -71,6 +72,14 @@ def test_models_in_order(tmp_path, labelled_folder):
     lines = told.output.splitlines()
     assert lines[-1].startswith("LogME and the probes agree by a Kendall tau of")
     assert "not probed" in lines[-2]
+    by_accuracy = [row["backbone"] for row in rows[:3]]
+    scores = iter(range(3))  # the order of LogME turned around
+    monkeypatch.setattr(ranking, "logme", lambda features, labels: next(scores))
+    turned = CliRunner().invoke(main, ["rank", *by_accuracy, *command[5:], "--json", str(tmp_path / "t.json")])
+    assert turned.exit_code == 0, turned.output
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert [row["backbone"] for row in found["results"]] == by_accuracy
+    monkeypatch.undo()
     only = CliRunner().invoke(main, [*command[:-4], "--top", "0"])
     assert only.exit_code == 0, only.output
     assert only.output.count("not probed") == 4

@@ -169,3 +169,12 @@ def test_float32_goes_as_far_as_it_can(monkeypatch):
         beta = svm.solve(gram, signs, cost, beta).beta
     assert steps[torch.float32] > 100
     assert steps[torch.float64] < 0.05 * steps[torch.float32]
+
+
+def test_small_systems_of_many_rows():
+    """They are summed by blocks of rows."""
+    random = rng()
+    rows = torch.from_numpy(random.normal(size=(1000, 60)))
+    support = torch.from_numpy((random.normal(size=(1000, 50)) > 0).astype(float))
+    expected = torch.einsum("nr,nk,ns->krs", rows, support, rows)
+    torch.testing.assert_close(svm._inner(rows, support), expected)

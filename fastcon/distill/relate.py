@@ -27,8 +27,9 @@ ROWS, CHUNKS = 2048, 8
 """Rows that are compared, and chunks they come from, at most."""
 SUBSTANTIAL = 0.25
 """Least mean silhouette of a grouping: below there is "no substantial structure" (Kaufman & Rousseeuw 1990)."""
-ALIKE, REDUNDANT = 0.5, 0.95
-"""CKA from which teachers without such structure count as one domain; and from which one of two adds little."""
+ALIKE, MARGIN, REDUNDANT = 0.5, 0.05, 0.95
+"""CKA from which teachers without such structure count as one domain; by which a domain is more alike inside than to the
+rest; and from which one of two teachers adds little."""
 NEAR_CONSTANT = 0.1
 """Share of the information that its classes could carry below which a teacher says nearly the same of every image."""
 FEWEST = 64
@@ -68,7 +69,7 @@ class Relations:
     """Adjusted mutual information of predicted classes: 0 by chance, 1 at most."""
     outputs: dict[str, Outputs]
     domains: list[list[str]]
-    """Task-specific teachers, grouped by average linkage on 1 - CKA where that has structure."""
+    """Task-specific teachers, grouped where that has structure: see `domains`."""
     silhouette: float | None
     """Of that grouping; None where it was not found by it."""
     redundant: list[tuple[str, str]]
@@ -111,27 +112,43 @@ def similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def domains(cka: NDArray[np.float64]) -> tuple[list[list[int]], float | None]:
-    """Groups of teachers [N, N], by average linkage on 1 - CKA, as many as give the best mean silhouette (Rousseeuw 1987).
+    """Groups of teachers [N, N], and their mean silhouette; None where there are none.
 
-    Where that is below SUBSTANTIAL there are no groups: all are one if they are alike on the whole, else each its own.
+    Teachers belong together that relate to all teachers alike: the distance of two is 1 less the correlation of their rows
+    of the CKA matrix. All that a common origin makes alike drops out of that. Average linkage, as many groups as give the
+    best mean silhouette (Rousseeuw 1987); a group that is hardly more alike inside than to the rest falls apart. Below
+    SUBSTANTIAL there are no groups: all are one if they are alike on the whole, else each its own.
     """
     count = len(cka)
-    if count == 0:
-        return [], None
-    apart = np.clip(1 - (cka + cka.T) / 2, 0, None)
-    np.fill_diagonal(apart, 0)
     best: tuple[float, list[int]] = (1e-6, [])
     for number in range(2, count):
-        labels = _cut(apart, number)
-        value = float(np.mean(_silhouettes(apart, labels)))
+        labels = _cut(cka, number)
+        value = float(np.mean(_silhouettes(_apart(cka), labels)))
         if value > best[0] - 1e-9:  # of two that are as good the finer
             best = value, labels
-    if best[0] >= SUBSTANTIAL:
-        groups = [[k for k, label in enumerate(best[1]) if label == group] for group in dict.fromkeys(best[1])]
-        return groups, best[0]
-    pairs = cka[np.triu_indices(count, 1)]
-    alike = count == 1 or pairs.mean() >= ALIKE
-    return ([list(range(count))] if alike else [[k] for k in range(count)]), None
+    if best[0] < SUBSTANTIAL:
+        alike = count > 0 and (count == 1 or cka[np.triu_indices(count, 1)].mean() >= ALIKE)
+        return ([list(range(count))] if alike else [[k] for k in range(count)]), None
+    groups = [[k for k, label in enumerate(best[1]) if label == group] for group in dict.fromkeys(best[1])]
+    return [part for group in groups for part in ([group] if _holds(cka, group) else [[k] for k in group])], best[0]
+
+
+def _holds(cka: NDArray[np.float64], group: list[int]) -> bool:
+    """Whether the members of a group are more alike than each is to the rest."""
+    rest = [k for k in range(len(cka)) if k not in group]
+    if len(group) == 1 or not rest:
+        return True
+    inside = cka[np.ix_(group, group)][np.triu_indices(len(group), 1)].mean()
+    return bool(inside >= cka[np.ix_(group, rest)].mean() + MARGIN)
+
+
+def _apart(cka: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The distance of every two teachers [N, N]: 1 less the correlation of their rows."""
+    with np.errstate(invalid="ignore"):
+        alike = np.atleast_2d(np.corrcoef((cka + cka.T) / 2))
+    apart = np.clip(1 - np.nan_to_num(alike, nan=1.0), 0, None)  # a row without spread is like any other
+    np.fill_diagonal(apart, 0)
+    return apart
 
 
 def linkage(cka: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,15 +156,13 @@ def linkage(cka: NDArray[np.float64]) -> NDArray[np.float64]:
     from scipy.cluster.hierarchy import linkage as scipys
     from scipy.spatial.distance import squareform
 
-    apart = np.clip(1 - (cka + cka.T) / 2, 0, None)
-    np.fill_diagonal(apart, 0)
-    return scipys(squareform(apart, checks=False), "average")
+    return scipys(squareform(_apart(cka), checks=False), "average")
 
 
-def _cut(apart: NDArray[np.float64], number: int) -> list[int]:
+def _cut(cka: NDArray[np.float64], number: int) -> list[int]:
     from scipy.cluster.hierarchy import cut_tree
 
-    return cut_tree(linkage(1 - apart), number)[:, 0].tolist()
+    return cut_tree(linkage(cka), number)[:, 0].tolist()
 
 
 def _silhouettes(apart: NDArray[np.float64], labels: Sequence[int]) -> list[float]:

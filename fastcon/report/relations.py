@@ -54,7 +54,8 @@ def section(found: Relations) -> str:
     rows = "".join(_row(name, out) for name, out in found.outputs.items())
     says = "".join(f"<li>{html.escape(line)}</li>" for line in conclusions(found))
     legend = (
-        "CKA: 1 for logits that are equal up to a rotation and a scale, 0 for unrelated ones. Used: classes that a teacher "
+        "CKA: 1 for logits that are equal up to a rotation and a scale, 0 for unrelated ones. Distance in the tree: 1 less "
+        "the correlation of two rows. Used: classes that a teacher "
         "effectively predicts. Information: of its prediction about the image, as a share of what its classes could carry. "
         "Consistency: of two views of an image."
     )
@@ -79,7 +80,7 @@ def heat_map(found: Relations) -> Any:
         order = [experts[k] for k in drawn["leaves"]]
     order = order + [k for k in range(len(found.names)) if k not in experts]
     tree.set_xlim(0, 10 * len(order))
-    tree.set_ylabel("1 - CKA")
+    tree.set_ylabel("distance")
     tree.spines[["top", "right", "bottom"]].set_visible(False)
     matrix = found.cka[np.ix_(order, order)]
     axes.imshow(matrix, cmap="cividis", vmin=0, vmax=1, aspect="auto")
