@@ -101,6 +101,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "method",
         "init",
         "student",
+        "recipe",
         "epochs",
         "batch_size",
         "lr_backbone",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastcon.cores import Cores, cpu_name
 from fastcon.files import remembered, write_atomically
@@ -113,10 +114,13 @@ class Loop:
         folder: Path,
         seconds: float,
         ranks: Ranks | None = None,
+        clip: float | None = None,
+        ema: float | None = None,
     ) -> None:
         """machine: settled; folder: where checkpoints lie, which the first of the ranks reads and writes; seconds: the time
-        between two of them."""
+        between two of them; clip: largest norm of the gradient; ema: decay of the running mean of the weights."""
         self.model, self.optimizer, self.step = model, optimizer, 0
+        self._clip, self._mean = clip, None if ema is None else _running_mean(model, ema)
         self.ranks = ranks or Ranks(0, 1)
         self.device = machine.target
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.precision == "float16")
@@ -131,6 +135,8 @@ class Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self._mean is not None:
+            self._mean.load_state_dict(state["mean"])
         self.step = state["step"]
         others = state.get("rngs", [state["rng"]])
         if self.ranks.number < len(others):
@@ -143,9 +149,21 @@ class Loop:
         """One optimizer step on a loss."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self._clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self._mean is not None:
+            self._mean.update_parameters(self.model)
         self.step += 1
+
+    def end(self) -> None:
+        """Leave the running mean of the weights in the model, where there is one."""
+        if self._mean is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(self.model.parameters(), self._mean.module.parameters(), strict=True):
+                    parameter.copy_(mean)
 
     def due(self) -> bool:
         """Whether the next checkpoint is due."""
@@ -162,6 +180,8 @@ class Loop:
             "step": self.step,
             "more": more,
         }
+        if self._mean is not None:
+            state["mean"] = self._mean.state_dict()
         rngs = self.ranks.all(state["rng"])
         if len(rngs) > 1:
             state["rngs"] = rngs
@@ -170,14 +190,38 @@ class Loop:
         self._saved = time.monotonic()
 
 
+def _running_mean(model: Classifier, decay: float) -> AveragedModel:
+    """The exponential mean of a model's weights, with a smaller decay in its first steps, so that it forgets the start."""
+
+    def mean(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        now = min(decay, (1 + float(count)) / (10 + float(count)))
+        torch._foreach_lerp_(averages, values, 1 - now)
+
+    return AveragedModel(model, multi_avg_fn=torch.no_grad()(mean))  # type: ignore[arg-type]
+
+
 def make_optimizer(
-    student: Classifier, lr_backbone: float, lr_heads: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """SGD with one learning rate for the backbone and one for the heads."""
-    groups = [
-        {"params": student.backbone_parameters(), "lr": lr_backbone, "base": lr_backbone},
-        {"params": list(student.head_module.parameters()), "lr": lr_heads, "base": lr_heads},
-    ]
+    student: Classifier,
+    lr_backbone: float,
+    lr_heads: float,
+    momentum: float,
+    weight_decay: float,
+    adamw: bool = False,
+) -> torch.optim.Optimizer:
+    """SGD, or AdamW without decay of biases and norms, with one learning rate for the backbone and one for the heads."""
+    parts = (list(student.backbone_parameters()), lr_backbone), (list(student.head_module.parameters()), lr_heads)
+    if adamw:
+        groups = [
+            {"params": some, "lr": lr, "base": lr, "weight_decay": decay}
+            for parameters, lr in parts
+            for some, decay in (
+                ([p for p in parameters if p.ndim > 1], weight_decay),
+                ([p for p in parameters if p.ndim <= 1], 0.0),
+            )
+            if some
+        ]
+        return torch.optim.AdamW(groups, fused=True)
+    groups = [{"params": parameters, "lr": lr, "base": lr} for parameters, lr in parts]
     optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
     # Where a scaler skips the very first step, torch 2.15's fused SGD leaves its buffers uninitialised and uses them.
     for group in optimizer.param_groups if momentum else ():
@@ -186,9 +230,20 @@ def make_optimizer(
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, progress: float, milestones: tuple[float, ...]) -> None:
-    """Multiply each group's learning rate by 0.1 for every milestone (a share of the run) that is passed."""
+def set_rate(
+    optimizer: torch.optim.Optimizer,
+    progress: float,
+    milestones: tuple[float, ...] = (),
+    warm_up: float = 0.0,
+    cosine: bool = False,
+) -> None:
+    """Set each group's learning rate at a share of the run: its base, multiplied by 0.1 for every milestone that is passed;
+    in the first `warm_up` of the run by the share of that; and after it, with `cosine`, by half a cosine down to 0."""
     factor = 0.1 ** sum(progress >= milestone for milestone in milestones)
+    if progress < warm_up:
+        factor *= progress / warm_up
+    elif cosine:
+        factor *= 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
     for group in optimizer.param_groups:
         group["lr"] = group["base"] * factor
 

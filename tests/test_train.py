@@ -30,6 +30,7 @@ from fastcon.errors import FastconError, Interrupted
 from fastcon.info import describe
 from fastcon.models.classifier import Head
 from fastcon.models.load import from_bytes, load
+from fastcon.models.origin import origin
 from fastcon.store.format import Recipe
 from fastcon.store.reader import Store
 from fastcon.training import newest
@@ -383,3 +384,49 @@ def test_threads_are_recorded_and_kept_when_it_goes_on(store_path, tmp_path, mon
     )
     train(str(store_path), str(tmp_path), options, MACHINE, UPKEEP)
     assert used == [1]
+
+
+def stop_at(step: int) -> Callable[[int, int], None]:
+    return lambda done, total: os.kill(os.getpid(), signal.SIGTERM) if done == step else None
+
+
+def test_the_modern_recipe(store_path, tmp_path):
+    """Its defaults, what may be chosen instead, and that it resumes to the same student."""
+    chosen = TrainOptions(recipe="modern")
+    assert (chosen.batch_size, chosen.lr_backbone, chosen.weight_decay, chosen.scale_lr) == (256, 5e-4, 0.05, True)
+    half = TrainOptions(recipe="modern", batch_size=128, lr_heads=0.01).optimisation
+    assert (half.lr_backbone, half.lr_heads) == (pytest.approx(2.5e-4), pytest.approx(0.005))
+    assert TrainOptions(recipe="modern", batch_size=128, scale_lr=False).optimisation.lr_backbone == 5e-4
+    paper = TrainOptions(batch_size=64)
+    assert (paper.lr_backbone, paper.optimisation.lr_backbone, paper.optimisation.ema) == (0.001, 0.001, None)
+    assert TrainOptions(batch_size=64, scale_lr=True, warm_up=0.1).optimisation.lr_backbone == pytest.approx(0.002)
+
+    options = TrainOptions(recipe="modern", epochs=2, batch_size=50)
+    with pytest.raises(Interrupted):
+        train(str(store_path), str(tmp_path / "cut"), options, MACHINE, progress=stop_at(3))
+    for run in ("cut", "whole"):
+        train(str(store_path), str(tmp_path / run), options, MACHINE)
+    one, other = ((tmp_path / run / "student.safetensors").read_bytes() for run in ("cut", "whole"))
+    assert one == other
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["recipe"], config["milestones"], config["lr_backbone"]) == ("modern", [], 5e-4)
+    rates = [
+        json.loads(line).get("lr_heads") for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rates[-1] < rates[1] < 1e-3 * 50 / 256
+
+
+def test_runs_of_before_there_were_recipes_go_on(store_path, tmp_path):
+    """What they wrote down is what the paper's recipe is recorded as now."""
+    options = TrainOptions(epochs=1, batch_size=50)
+    with pytest.raises(Interrupted):
+        train(str(store_path), str(tmp_path / "run"), options, MACHINE, progress=stop_at(1))
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    before = origin(str(tmp_path / "run"))
+    assert {key: config.pop(key) for key in ("recipe", "scale_lr", "warm_up", "sync_bn")} == dict.fromkeys(
+        ("recipe", "scale_lr", "warm_up", "sync_bn")
+    )
+    file.write_text(json.dumps(config))
+    assert origin(str(tmp_path / "run")) == before  # also for what repeats what
+    train(str(store_path), str(tmp_path / "run"), options, MACHINE)

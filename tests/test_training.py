@@ -28,10 +28,10 @@ def test_checkpoints_of_another_format_are_passed_over(tmp_path):
     assert newest(tmp_path) is None
 
 
-def _loop(path, seed=0):
+def _loop(path, adamw=False, **options):
     model = load("torchvision:shufflenet_v2_x0_5@random?size=32", classes=["a", "b"]).train()
-    optimizer = make_optimizer(model, 0.01, 0.1, 0.9, 1e-4)
-    return Loop(model, optimizer, MACHINE, path, seconds=1e9)
+    optimizer = make_optimizer(model, 0.01, 0.1, 0.9, 1e-4, adamw)
+    return Loop(model, optimizer, MACHINE, path, seconds=1e9, **options)
 
 
 def _step(loop):
@@ -39,23 +39,84 @@ def _step(loop):
     loop.update(loop.model(pixels).square().mean())
 
 
-def test_a_loop_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
-    whole = _loop(tmp_path / "whole")
+@pytest.mark.parametrize("options", [{}, {"adamw": True, "clip": 1.0, "ema": 0.5}], ids=["paper", "modern"])
+def test_a_loop_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, options):
+    whole = _loop(tmp_path / "whole", **options)
     assert whole.begin(seed=5) is None
     for _ in range(4):
         _step(whole)
-    first = _loop(tmp_path / "cut")
+    first = _loop(tmp_path / "cut", **options)
     first.begin(seed=5)
     for _ in range(2):
         _step(first)
     first.save({"what": torch.ones(3), "else": 7})
-    second = _loop(tmp_path / "cut")
+    second = _loop(tmp_path / "cut", **options)
     more = second.begin(seed=99)
     assert (second.step, more["else"]) == (2, 7)
     for _ in range(2):
         _step(second)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], value), name
+    for loops in (0, 1):
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(second.model.state_dict()[name], value), (loops, name)
+        whole.end()
+        second.end()  # what is left is the same, too
+
+
+def test_the_mean_of_the_weights_is_left(tmp_path):
+    """Of the first value itself, then by a decay of (1 + n) / (10 + n), at most what was asked for."""
+    loop = _loop(tmp_path, ema=0.25)
+    loop.begin(seed=1)
+    values, parameter = [], next(loop.model.parameters())
+    for _ in range(4):
+        _step(loop)
+        values.append(parameter.detach().clone())
+    expected = values[0]
+    for n, value in enumerate(values[1:], 1):
+        decay = min(0.25, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    loop.end()
+    torch.testing.assert_close(parameter.detach(), expected)
+    assert not torch.equal(parameter, values[-1])
+
+
+def test_gradients_are_cut_to_a_norm(tmp_path):
+    moved = {}
+    for clip in (None, 1e-3):
+        model = load("torchvision:shufflenet_v2_x0_5@random?size=32&seed=3", classes=["a", "b"]).train()
+        before = [p.detach().clone() for p in model.parameters()]
+        loop = Loop(model, make_optimizer(model, 1.0, 1.0, 0.0, 0.0), MACHINE, tmp_path, 1e9, clip=clip)
+        loop.begin(seed=1)
+        _step(loop)
+        moved[clip] = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    norms = {clip: torch.cat([m.flatten() for m in way]).norm().item() for clip, way in moved.items()}
+    assert norms[None] > 1e-2
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
+    scale = norms[1e-3] / norms[None]  # the direction is kept
+    torch.testing.assert_close(moved[1e-3][0], moved[None][0] * scale, rtol=1e-2, atol=1e-7)
+
+
+def test_adamw_decays_weights_alone(tmp_path):
+    model = load("torchvision:shufflenet_v2_x0_5@random?size=32", classes=["a", "b"])
+    optimizer = make_optimizer(model, 0.01, 0.1, 0.9, 0.05, adamw=True)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.01, 0.05), (0.01, 0.0), (0.1, 0.05), (0.1, 0.0),
+    ]  # fmt: skip
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in every} == {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_rates_rise_and_fall_along_a_cosine(tmp_path):
+    loop = _loop(tmp_path)
+    for progress, factor in ((0.0, 0), (0.05, 0.5), (0.1, 1), (0.55, 0.5), (0.775, 0.5 - 0.5**1.5), (1.0, 0)):
+        set_rate(loop.optimizer, progress, warm_up=0.1, cosine=True)
+        assert [group["lr"] for group in loop.optimizer.param_groups] == pytest.approx([0.01 * factor, 0.1 * factor])
+    set_rate(loop.optimizer, 0.05, (0.5,), warm_up=0.1)
+    assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    set_rate(loop.optimizer, 0.6, (0.5,), warm_up=0.1)
+    assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
 def test_a_checkpoint_is_due_by_the_clock(tmp_path):

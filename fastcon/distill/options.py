@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastcon.errors import UsageError
 from fastcon.options import Options, names, option
@@ -91,6 +91,38 @@ class PrecomputeOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class Optimisation:
+    """How a student is optimised: what `recipe` stands for."""
+
+    batch_size: int
+    lr_backbone: float
+    lr_heads: float
+    weight_decay: float
+    scale_lr: bool
+    """Whether the learning rates are those of a batch of this size, and grow with it (Goyal et al. 2017)."""
+    adamw: bool = False
+    """AdamW (Loshchilov & Hutter 2019), biases and norms without decay, instead of SGD with momentum."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the run after which the learning rates are divided by 10."""
+    warm_up: float = 0.0
+    """Share of the run in which the learning rates rise to their values."""
+    cosine: bool = False
+    """Whether they then fall to zero along half a cosine."""
+    clip: float | None = None
+    """Largest norm of the gradient."""
+    ema: float | None = None
+    """Decay of the running mean of the weights, which is what the run leaves."""
+
+
+RECIPES = {
+    "paper": Optimisation(32, 0.001, 0.01, 1e-4, scale_lr=False, milestones=(0.5, 0.8)),
+    "modern": Optimisation(
+        256, 5e-4, 1e-3, 0.05, scale_lr=True, adamw=True, warm_up=0.05, cosine=True, clip=1.0, ema=0.999
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainOptions(Options):
     """Hyperparameters of a student; the defaults are the paper's (section 3)."""
 
@@ -110,13 +142,24 @@ class TrainOptions(Options):
     temperature: float = option(2.0, "T of the softmax.", low=0, above=True)
     labels: bool = option(False, "Add a supervised head where the proxy has classes.")
     epochs: int = option(40, "Passes over the images.", low=1)
-    batch_size: int = option(32, "Images per step.", low=1)
-    lr_backbone: float = option(0.001, "Learning rate of the backbone.", low=0)
-    lr_heads: float = option(0.01, "Learning rate of the heads.", low=0)
+    recipe: str = option(
+        "paper",
+        "The paper's SGD, or modern: AdamW, warm-up and cosine, clipping, a running mean of the weights.",
+        choices=tuple(RECIPES),
+    )
+    batch_size: int = option(None, "Images per step (default: 32; modern: 256).", low=1)
+    lr_backbone: float = option(None, "Learning rate of the backbone (default: 0.001; modern: 0.0005).", low=0)
+    lr_heads: float = option(None, "Learning rate of the heads (default: 0.01; modern: 0.001).", low=0)
+    scale_lr: bool = option(
+        None,
+        "Take the learning rates for the recipe's batch size, and scale them with --batch-size; modern does.",
+        both=True,
+    )
+    warm_up: float | None = option(
+        None, "Share of the run in which learning rates rise (default: 0; modern: 0.05).", low=0, high=1, below=True
+    )
     momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
-    weight_decay: float = option(1e-4, "Weight decay.", low=0)
-    milestones: tuple[float, ...] = (0.5, 0.8)
-    """Shares of the run after which the learning rates are divided by 10."""
+    weight_decay: float = option(None, "Weight decay (default: 0.0001; modern: 0.05).", low=0)
     batch_norm: str = option(
         "auto",
         "Train on the running statistics, which stay as they are, or on each batch's; auto: running, if there are any.",
@@ -128,6 +171,35 @@ class TrainOptions(Options):
     dropout: bool = option(False, "With dropout and stochastic depth, where the network has them.", both=True)
     seed: int = option(0, "Seed of new heads and of the order.", low=0, high=2**64 - 1)
     lanes: int | None = option(None, "Runs that a batch is drawn from (default: 8, 4, 2 or 1).", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        recipe = RECIPES[self.recipe]
+        for name in ("batch_size", "lr_backbone", "lr_heads", "scale_lr", "weight_decay"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(recipe, name))
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """The recipe with what was chosen instead, learning rates scaled."""
+        recipe = RECIPES[self.recipe]
+        scale = self.batch_size / recipe.batch_size if self.scale_lr else 1.0
+        return dataclasses.replace(
+            recipe,
+            batch_size=self.batch_size,
+            lr_backbone=self.lr_backbone * scale,
+            lr_heads=self.lr_heads * scale,
+            weight_decay=self.weight_decay,
+            warm_up=recipe.warm_up if self.warm_up is None else self.warm_up,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As a run writes them down: what earlier versions did not have only where it is not as it was then."""
+        values: dict[str, Any] = {**dataclasses.asdict(self), "milestones": self.optimisation.milestones}
+        values |= {"weight": self.weight or None, "sync_bn": self.sync_bn or None, "warm_up": self.warm_up or None}
+        values["recipe"] = None if self.recipe == "paper" else self.recipe
+        values["scale_lr"] = None if self.scale_lr == RECIPES[self.recipe].scale_lr else self.scale_lr
+        return values
 
 
 @dataclasses.dataclass(frozen=True)

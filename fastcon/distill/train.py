@@ -68,8 +68,7 @@ def train(
         names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
         weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
         config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
-        config |= {**dataclasses.asdict(options), "weight": options.weight or None, "precision": precision}
-        config |= {"sync_bn": options.sync_bn or None, "lineage": _lineage(store, store_path, names)}
+        config |= {**options.record(), "precision": precision, "lineage": _lineage(store, store_path, names)}
         if options.sync_bn and ranks.count > 1 and machine.target.type != "cuda":
             raise FastconError("`sync_bn` needs GPUs: PyTorch synchronises batch-norms on them only")
         run = Run(out, config, machine.threads)
@@ -93,8 +92,10 @@ def train(
     student.on(device).learn(options.batch_norm, options.dropout)
     widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
     segments = objective.segments(widths, weights, options.temperature, kinds)
-    optimizer = make_optimizer(student, options.lr_backbone, options.lr_heads, options.momentum, options.weight_decay)
-    loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes, ranks)
+    how = options.optimisation
+    rates = how.lr_backbone, how.lr_heads
+    optimizer = make_optimizer(student, *rates, options.momentum, how.weight_decay, how.adamw)
+    loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes, ranks, how.clip, how.ema)
     tally = Tally(names + ([LABELS_HEAD] if options.labels else []), device, ranks)
     steps = loader.schedule.steps
     total = steps * options.epochs
@@ -122,7 +123,7 @@ def train(
     ):
         waits = Waits(loader.waits, cores)
         for batch in loader.batches(range(epoch, options.epochs), skip=done):
-            set_rate(optimizer, loop.step / total, options.milestones)
+            set_rate(optimizer, loop.step / total, how.milestones, how.warm_up, how.cosine)
             with cores.turn():
                 with machine.autocast():
                     logits = forward(batch.pixels)
@@ -151,6 +152,7 @@ def train(
                 )
         rows.write(wait=True)
         rows.close()
+        loop.end()
         if ranks.first:
             write_atomically(run.path / RUN_HEADS, student.export_heads())
             run.end(RESULT, students.export(student, names, untrained))
@@ -280,7 +282,8 @@ def _losses(logits: Tensor, batch: Batch, segments: Segments, labels: bool) -> t
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    return dict(zip(("lr_backbone", "lr_heads"), (group["lr"] for group in optimizer.param_groups), strict=True))
+    first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
+    return {"lr_backbone": first["lr"], "lr_heads": last["lr"]}
 
 
 def _identity(store: Stored, names: list[str]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from fastcon.data.splits import task_name
 
 _APART = ("seed", "lineage", "threads", "versions", "heads", "weight", "store", "data")
+_LATER = ("sync_bn", "recipe", "scale_lr", "warm_up")
+"""Options that older runs do not have; None is what those did."""
 _OF_A_SPLIT = ("train", "test", "train_images", "test_images", "classes")
 
 
@@ -65,6 +67,7 @@ def _student_lineage(config: dict[str, Any], teachers: list[str]) -> dict[str, A
 def _recipe(config: dict[str, Any]) -> str:
     """Digest of the options of a run, but for its seeds and what follows from them."""
     options = {key: value for key, value in config.items() if key not in _APART + _OF_A_SPLIT}
+    options = {key: value for key, value in options.items() if value is not None or key not in _LATER}
     if "store" in config:
         options["store"] = [config["store"]["recipe"], config["store"]["views"]]
         options["weight"] = [weight for _, weight in config.get("weight") or []]
