@@ -91,7 +91,7 @@ def test_the_slurm_job_saves_and_queues_itself_again(tmp_path):
     array, job = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.S)
     assert subprocess.run(["bash", "-n"], input=array, text=True, check=False).returncode == 0
     (tmp_path / "torchrun").write_text(
-        "#!/bin/bash\ntrap 'sleep 0.2; echo saved; exit 75' TERM\necho began\nsleep 60 & wait\n"
+        "#!/bin/bash\ntrap 'sleep 0.2; echo saved; exit 75' TERM\necho began\nsleep 60 > /dev/null & wait\n"
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $@"\n')
     for name in ("torchrun", "scontrol"):

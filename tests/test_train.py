@@ -23,7 +23,7 @@ from fastcon.data.manifest import index
 from fastcon.distill import tally
 from fastcon.distill import train as training
 from fastcon.distill.loader import Loader
-from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.options import RECIPES, TrainOptions, Upkeep
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.train import train
 from fastcon.errors import FastconError, Interrupted
@@ -390,7 +390,7 @@ def stop_at(step: int) -> Callable[[int, int], None]:
     return lambda done, total: os.kill(os.getpid(), signal.SIGTERM) if done == step else None
 
 
-def test_the_modern_recipe(store_path, tmp_path):
+def test_the_modern_recipe(store_path, tmp_path, monkeypatch):
     """Its defaults, what may be chosen instead, and that it resumes to the same student."""
     chosen = TrainOptions(recipe="modern")
     assert (chosen.batch_size, chosen.lr_backbone, chosen.weight_decay, chosen.scale_lr) == (256, 5e-4, 0.05, True)
@@ -408,6 +408,9 @@ def test_the_modern_recipe(store_path, tmp_path):
         train(str(store_path), str(tmp_path / run), options, MACHINE)
     one, other = ((tmp_path / run / "student.safetensors").read_bytes() for run in ("cut", "whole"))
     assert one == other
+    monkeypatch.setitem(RECIPES, "modern", replace(RECIPES["modern"], ema=None))
+    train(str(store_path), str(tmp_path / "last"), options, MACHINE)
+    assert (tmp_path / "last" / "student.safetensors").read_bytes() != one  # the last weights, not their mean
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (config["recipe"], config["milestones"], config["lr_backbone"]) == ("modern", [], 5e-4)
     rates = [
