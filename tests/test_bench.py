@@ -204,6 +204,18 @@ def test_the_speed_table_comes_from_the_records(tmp_path):
     assert module.table(Path(module.__file__).parent / "results") in readme
 
 
+def test_the_page_of_scale_is_what_its_script_makes():
+    folder = Path(__file__).parent.parent / "benchmarks"
+    spec = importlib.util.spec_from_file_location("scale", folder / "scale.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.page()
+    assert (folder / "scale.md").read_text() == made
+    assert "| ImageNet-1k × 40 views, 11 teachers | 216 GB |" in made  # 1,281,167 x 40 x 2,110 x 2 bytes
+    assert "| 8.7 ; 3.6 | 1.1 ; 0.44 |" in made  # 1,281,167 x 40 x 11 / 18,000 / 3,600 and x 40 / 4,000 / 3,600
+    assert [module._bytes(n) for n in (999, 1500, 2.5e9, 3e15)] == ["999 B", "1.5 KB", "2.5 GB", "3 PB"]
+
+
 def test_stages_grow_as_they_do(tmp_path, monkeypatch, capsys):
     """Every stage runs on what those before it made, and a row says how it grew."""
     monkeypatch.setattr(growth, "PART", 40)
