@@ -101,6 +101,7 @@ def test_training_needs_no_photos(copy, tmp_path, proxy_folder, monkeypatch):
     options = TrainOptions(epochs=1, batch_size=25)
     row = train(str(copy), str(tmp_path / "run"), options, MACHINE)
     assert row["images"] == 150
+    monkeypatch.undo()
     with pytest.raises(FastconError, match="`labels` needs a class for every proxy image"):
         train(str(copy), str(tmp_path / "other"), dataclasses.replace(options, labels=True), MACHINE)
 

@@ -17,6 +17,7 @@ from fastcon.distill.loader import LogitCache
 from fastcon.distill.schedule import Schedule
 from fastcon.store.codec import codec
 from fastcon.store.format import Recipe, TeacherRecord
+from fastcon.store.parts import opened
 from fastcon.store.reader import Store
 from fastcon.store.writer import open_for_writing
 
@@ -94,7 +95,7 @@ def _speed(path: Path, kind: str, rounds: int, say: Say) -> list[Row]:
 
 def _real_logits(path: str) -> dict[str, torch.Tensor]:
     """The first view of every teacher of a store that keeps floats, at most 16 chunks of it."""
-    store = Store(path)
+    store = opened(path)
     kept = [name for name in store.teachers if store.teachers[name].logits in ("float16", "float32")]
     logits = {}
     for name in kept:

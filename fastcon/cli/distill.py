@@ -153,12 +153,10 @@ def train(
     """
     from fastcon.distill import train as stage
     from fastcon.info import diagnosis_of
-    from fastcon.store.images import images_of
     from fastcon.store.parts import opened
 
-    stored = opened(store)
     if dry_run:
-        cost = stage.estimate(stored, options)
+        cost = stage.estimate(opened(store), options)
         heads = ", ".join(f"{name} (weight {value:.3g})" for name, value in cost["weights"].items())
         read = in_bytes(cost["logit_bytes_read"])
         finish(
@@ -167,10 +165,9 @@ def train(
             f"would train {cost['steps']:,} steps of {options.batch_size}, reading {read} of logits: {heads}",
         )
         return
-    baked = stored.recipe.bake is not None and not images and not options.labels
-    given = None if baked else images_of(stored, image_set(indexing, images or stored.sources))
     bar = Bar("train", "steps")
-    row = stage.train(store, out, options, machine, upkeep, given, say=note, progress=bar)
+    index = partial(image_set, indexing)
+    row = stage.train(store, out, options, machine, upkeep, images or None, say=note, progress=bar, index=index)
     bar.close()
     if rank()[0] > 0:
         return

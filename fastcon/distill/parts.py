@@ -24,6 +24,7 @@ from fastcon.machine import Machine, rank
 from fastcon.models import frozen
 from fastcon.store import parts
 from fastcon.store.codec import check_kind
+from fastcon.store.format import is_url
 from fastcon.store.images import manifest_of
 from fastcon.store.parts import Binding, Bound
 from fastcon.store.pixels import check_pixels
@@ -46,6 +47,8 @@ def make(
 ) -> int:
     """Make a store with or without parts, as the options say or as it is; returns the number of rows computed."""
     if options.parts is not None or options.part or parts.has_parts(path):
+        if is_url(path):
+            raise FastconError(f"{path}: parts are folders so far; make them in one, or leave out `parts` and `part`")
         shared = ImageSet(images.sources) if isinstance(images, Manifest) else images
         return precompute(path, shared, teachers, options, views, machine, progress, say)
     manifest = images if isinstance(images, Manifest) else images.manifest()

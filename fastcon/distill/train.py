@@ -10,13 +10,14 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastcon.data.manifest import ImageSet, Manifest
 from fastcon.distill import advice
 from fastcon.distill import loss as objective
 from fastcon.distill import student as students
@@ -32,7 +33,7 @@ from fastcon.models.classifier import Classifier, choose_batch_norm
 from fastcon.ranks import Ranks, join
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
-from fastcon.store.images import Given
+from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.reader import Stored
 from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate, settle
@@ -49,8 +50,11 @@ def train(
     images: Given = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
+    index: Callable[[Sequence[str]], ImageSet] = ImageSet,
 ) -> dict[str, Any]:
     """Train a student into the folder `out` and return its last metrics. say gets notes and warnings for the user.
+
+    images: where they are now (default: where they were; baked views need none); index: how IMAGES are looked up.
 
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
@@ -75,7 +79,9 @@ def train(
         finished = run.finished(RESULT)
         machine = dataclasses.replace(machine, threads=run.threads)
         if not finished:
-            loader = _loader(store, images, names, options, machine, upkeep, say, ranks)
+            unneeded = images is None and store.recipe.bake is not None and not options.labels
+            found = None if unneeded else images_of(store, images, index)
+            loader = _loader(store, found, names, options, machine, upkeep, say, ranks)
     ranks.require_same("another store or other options", config)
     if ranks.same(lambda: finished):
         say(f"{out} is finished: nothing to do")
@@ -214,7 +220,7 @@ class Rows:
 
 def _loader(
     store: Stored,
-    images: Given,
+    images: Manifest | PartImages | None,
     names: list[str],
     options: TrainOptions,
     machine: Machine,

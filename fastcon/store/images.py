@@ -127,19 +127,17 @@ Given = Sequence[str] | str | ImageSet | Manifest | PartImages | None
 """Where images are: IMAGES, or already indexed; None: where they were."""
 
 
-def images_of(store: Stored, images: Given = None) -> Manifest | PartImages:
-    """The images of a store. Raises FastconError where they are not those that it was made from."""
+def images_of(
+    store: Stored, images: Given = None, index: Callable[[Sequence[str]], ImageSet] = ImageSet
+) -> Manifest | PartImages:
+    """The images of a store; index: how IMAGES are looked up. Raises FastconError where they are not its images."""
     if isinstance(images, PartImages):
         return images
-    if images is None:
-        images = store.sources
-    if isinstance(images, str):
-        images = [images]
     if not isinstance(images, Manifest | ImageSet):
-        images = ImageSet(list(images))
+        images = index([images] if isinstance(images, str) else list(images or store.sources))
     if isinstance(store, Store):
         return manifest_of(store, images)
-    return PartImages(store, ImageSet(images.sources) if isinstance(images, Manifest) else images)
+    return PartImages(store, index(images.sources) if isinstance(images, Manifest) else images)
 
 
 def manifest_of(store: Store, images: ImageSet | Manifest) -> Manifest:
