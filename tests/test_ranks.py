@@ -75,10 +75,10 @@ def test_two_ranks_train_as_one(tmp_path, store_path, generalist_file, alone):
             assert b["heads"][name] == pytest.approx(values, rel=1e-2, abs=1e-5)
     ours, theirs, start = weights(alone), weights(tmp_path / "two"), load_file(generalist_file)
     assert ours.keys() == theirs.keys() == start.keys()
-    moved = {key: np.abs(value - start[key]).max() for key, value in ours.items()}
+    moved = {key: np.linalg.norm(value - start[key]) for key, value in ours.items()}
     assert sum(way > 0 for way in moved.values()) > 50
-    for key, value in ours.items():  # what training changed is the same but for a fiftieth
-        np.testing.assert_allclose(theirs[key], value, rtol=1e-6, atol=2e-2 * moved[key] + 1e-9, err_msg=key)
+    for key, way in moved.items():  # what training changed is the same but for a fiftieth
+        assert np.linalg.norm(theirs[key] - ours[key]) <= 2e-2 * way + 1e-9, key
 
     assert [line["said"] for line in again] == [[f"{tmp_path / 'two'} is finished: nothing to do"], []]
     assert again[0]["row"] == again[1]["row"] == lines[0]["row"]
