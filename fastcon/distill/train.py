@@ -11,8 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,38 +58,27 @@ def train(
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
     options, upkeep, machine = options or TrainOptions(), upkeep or Upkeep(), machine or Machine()
-    ranks = join(machine.target)
+    ranks, labels = join(machine.target), options.labels
     if not ranks.first:
         say, progress = (lambda line: None), None
-    with ranks.agreeing():
-        store = opened(store_path)
-        start = students.starting_network(store, options.student)
-    precision = ranks.same(partial(_precision, machine, start, options.batch_size, out))
-    machine = dataclasses.replace(machine, device=str(machine.target), precision=precision)
-    with ranks.agreeing(in_turn=True):
-        options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
-        names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
-        weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
-        config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
-        config |= {**options.record(), "precision": precision, "lineage": _lineage(store, store_path, names)}
-        if options.sync_bn and ranks.count > 1 and machine.target.type != "cuda":
-            raise FastconError("`sync_bn` needs GPUs: PyTorch synchronises batch-norms on them only")
-        run = Run(out, config, machine.threads)
-        finished = run.finished(RESULT)
-        machine = dataclasses.replace(machine, threads=run.threads)
-        if not finished:
-            unneeded = images is None and store.recipe.bake is not None and not options.labels
-            found = None if unneeded else images_of(store, images, index)
-            loader = _loader(store, found, names, options, machine, upkeep, say, ranks)
-    ranks.require_same("another store or other options", config)
-    if ranks.same(lambda: finished):
+
+    def find(store: Stored) -> Manifest | PartImages | None:
+        """The images; of baked views none are needed but for labels."""
+        if images is None and store.recipe.bake is not None and not labels:
+            return None
+        return images_of(store, images, index)
+
+    job = _prepared(store_path, out, options, machine, upkeep, find, say, ranks)
+    store, run, loader, options, machine = job.store, job.run, job.loader, job.options, job.machine
+    names, weights = job.names, job.weights
+    if loader is None:
         say(f"{out} is finished: nothing to do")
         return ranks.same(lambda: json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1]))
     begun = None
-    if ranks.same(lambda: newest(run.checkpoints) is None) and students.starts_as_generalist(start, store):
-        begun = ranks.same(lambda: students.agreement(start, loader, options, machine))
+    if ranks.same(lambda: newest(run.checkpoints) is None) and students.starts_as_generalist(job.start, store):
+        begun = ranks.same(lambda: students.agreement(job.start, loader, options, machine))
         begun.warn(say, options)
-    student, untrained = students.build_student(start, store, names, options, loader, say)
+    student, untrained = students.build_student(job.start, store, names, options, loader, say)
     ranks.same(run.begin)
     device = machine.target
     if options.sync_bn:
@@ -167,8 +155,54 @@ def train(
     return rows.last
 
 
-def _precision(machine: Machine, start: Classifier, batch_size: int, out: str) -> str:
-    return settle(machine, start, batch_size, out).precision
+class _Job(NamedTuple):
+    """A run that may begin, or go on: what it trains on, and how."""
+
+    store: Stored
+    start: Classifier
+    """The network that the student starts as."""
+    run: Run
+    loader: Loader | None
+    """None: the run is finished."""
+    options: TrainOptions
+    machine: Machine
+    names: list[str]
+    weights: list[float]
+    """Of the heads, in the order of their names."""
+
+
+def _prepared(
+    store_path: str,
+    out: str,
+    options: TrainOptions,
+    machine: Machine,
+    upkeep: Upkeep,
+    find: Callable[[Stored], Manifest | PartImages | None],
+    say: Callable[[str], None],
+    ranks: Ranks,
+) -> _Job:
+    """Everything that may be wrong with a run is found here, on all ranks at once. find: the images of a store."""
+    with ranks.agreeing():
+        store = opened(store_path)
+        start = students.starting_network(store, options.student)
+    precision = ranks.same(lambda: settle(machine, start, options.batch_size, out).precision)
+    machine = dataclasses.replace(machine, device=str(machine.target), precision=precision)
+    with ranks.agreeing(in_turn=True):
+        options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
+        names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+        weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
+        config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
+        config |= {**options.record(), "precision": precision, "lineage": _lineage(store, store_path, names)}
+        if options.sync_bn and ranks.count > 1 and machine.target.type != "cuda":
+            raise FastconError("`sync_bn` needs GPUs: PyTorch synchronises batch-norms on them only")
+        run = Run(out, config, machine.threads)
+        machine = dataclasses.replace(machine, threads=run.threads)
+        finished, loader = run.finished(RESULT), None
+        if not finished:
+            loader = _loader(store, find, names, options, machine, upkeep, say, ranks)
+    ranks.require_same("another store or other options", config)
+    loader = None if ranks.same(lambda: finished) else loader
+    return _Job(store, start, run, loader, options, machine, names, weights)
 
 
 class Rows:
@@ -220,7 +254,7 @@ class Rows:
 
 def _loader(
     store: Stored,
-    images: Manifest | PartImages | None,
+    find: Callable[[Stored], Manifest | PartImages | None],
     names: list[str],
     options: TrainOptions,
     machine: Machine,
@@ -231,7 +265,7 @@ def _loader(
     """The batches of a run, with what is to be said of them."""
     loader = Loader(
         store,
-        images,
+        find(store),
         options.batch_size,
         heads=names,
         views=options.views,
