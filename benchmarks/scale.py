@@ -75,7 +75,7 @@ def page() -> str:
         "- **One record.** parts.json is rewritten whenever a part is made: of 5,000 parts it is about a megabyte, and a part takes "
         "minutes to make.",
         "- **Listing.** Every process lists all images, though it reads its share alone: 44 s for a million tar members "
-        "(`bench growth`, headers), so a billion images want many sources and a store of each, which cannot be joined yet.",
+        "(`bench growth`, headers), so a billion images want to be many sources, added one after another (`--add`).",
         "",
     ]
     return "\n".join(lines)

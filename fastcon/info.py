@@ -60,7 +60,7 @@ def _store_in_parts(path: str) -> tuple[dict[str, Any], str]:
     lines = [
         f"{path}: store of format {FORMAT} in {binding.count} parts{made}, {rows:,} images x {views} views at "
         f"{binding.recipe.size} px",
-        f"  images    from {', '.join(binding.sources)}",
+        *(f"  images    in {each.parts} parts, from {', '.join(each.sources)}" for each in binding.sets),
         *_how(binding.recipe, binding.pipeline),
     ]
     done = {name: sum(part.done.get(name, 0) >= views for part in bound) / binding.count for name in binding.teachers}

@@ -48,4 +48,4 @@ def test_what_fails_on_a_worker_is_said_in_one_line(tmp_path, proxy_folder, gene
     assert line.startswith("fastcon: no readable image")
     assert line.endswith("choose fewer --parts")
     failed = run(*command, "--ray", "local", check=False)  # without a cluster: it knows before
-    assert "--ray makes the parts of a store side by side: say with --parts how many there are to be" in failed.stderr
+    assert "has no parts yet: say with --parts how many there are to be" in failed.stderr

@@ -160,6 +160,42 @@ def test_a_teacher_or_views_cost_only_what_is_new(copy, tmp_path, images, teache
     assert list(parts.opened(copy).teachers) == ["general", "letters", "extra"]
 
 
+def test_images_are_added_as_further_parts(copy, tmp_path, images, labelled_folder, teachers):
+    more, before = ImageSet([str(labelled_folder)]), tree(copy)
+    with pytest.raises(FastconError, match="the store was made from"):  # else they are taken for the same, moved
+        make(copy, more, teachers, parts=None)
+    assert make(copy, more, teachers, parts=2, add=True) == 2 * 84
+    after = tree(copy)
+    assert {name: after[name] for name in before if name != "parts.json"} == {
+        name: data for name, data in before.items() if name != "parts.json"
+    }
+    store = parts.opened(copy)
+    assert (store.rows, store.binding.count, store.views) == (150 + 84, 5, 2)
+    assert [store.part(k).record.images.share for k in range(5)] == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)]
+    assert make(copy, more, teachers, parts=2, add=True) == 0  # they are there
+    assert make(copy, images, teachers, views=3, parts=None) == 150  # of these alone
+    assert parts.opened(copy).views == 2
+    loader = Loader(str(copy), None, 39)
+    names = {loader.manifest.name(k) for batch in loader for k in batch.indices.tolist()}
+    assert len(names) == 234
+    assert not [check for check in verify(str(copy), None, 10, MACHINE) if not check.passed]
+    shutil.copytree(labelled_folder, tmp_path / "moved")
+    sources = [*images.sources, str(tmp_path / "moved")]
+    assert len(Loader(str(copy), sources, 39)) == 6
+    with pytest.raises(FastconError, match=r"were made from 2 IMAGES .* 1 are given"):
+        Loader(str(copy), sources[:1], 39)
+    with pytest.raises(FastconError, match="give one of those, or `add` these"):
+        make(copy, ImageSet([str(tmp_path / "moved")]), teachers, parts=None)
+    assert "in 2 parts, from" in describe(str(copy))[1]
+
+
+def test_one_part_is_a_store_without_parts(tmp_path, images, teachers):
+    make(tmp_path / "s", images, teachers, parts=1)
+    assert isinstance(parts.opened(tmp_path / "s"), Store)
+    with pytest.raises(FastconError, match="has no parts yet"):
+        make(tmp_path / "t", images, teachers, parts=3, add=True)
+
+
 def test_a_teacher_that_only_some_parts_have_is_not_finished(copy, tmp_path, images):
     extra = make_model(tmp_path / "x.safetensors", ["u", "v"], 7)
     make(copy, images, [Teacher("extra", str(extra), load(extra))], part=(1,))
@@ -253,7 +289,7 @@ def test_parts_that_do_not_belong_together_are_refused(copy, tmp_path, images, p
             make(copy, images, teachers, **changes)
 
     says("has 3 parts, this call says 4: use `parts` 3", parts=4)
-    says("has parts 0 to 2: there is no `part` 3", part=(3,))
+    says("has parts 0 to 2 of these images: there is no `part` 3", part=(3,))
     says("made with seed 3, this call says 5", seed=5)
     says("teacher 'general' is in .* with logits float16, the one given has uint8", logits="uint8")
     with pytest.raises(FastconError, match="has the generalist 'general', and a store has one"):
@@ -311,8 +347,8 @@ def test_ranks_begin_with_different_parts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for number, order in (("0", [0, 1, 2, 3]), ("1", [2, 3, 0, 1])):
         monkeypatch.setenv("RANK", number)
-        assert distilled._in_turn(4, ()) == order
-    assert distilled._in_turn(4, (1, 3)) == [3, 1]
+        assert distilled._in_turn([0, 1, 2, 3]) == order
+    assert distilled._in_turn([1, 3]) == [3, 1]
 
 
 def test_opening_reads_the_record_alone(whole, monkeypatch):

@@ -189,7 +189,7 @@ def test_teachers_of_labels():
 
 
 def test_a_store_in_parts(store, tmp_path):
-    parts_of = parts.Binding(2, [], Recipe(size=32, chunk_rows=100), {})
+    parts_of = parts.Binding((parts.Shared([], 2),), Recipe(size=32, chunk_rows=100), {})
     path = tmp_path / "s"
     for number in range(2):
         where = parts.folder(str(path), number)

@@ -171,7 +171,8 @@ def _parts(scratch: Path, rows: int) -> Callable[[], object]:
     path, images, count = scratch / f"parts-{rows}", _PartsOfOneImage(scratch), -(-rows // PART)
 
     def make() -> None:
-        binding = parts.Binding(count, images.sources, RECIPE, decode.settings(MACHINE), {"constant": TEACHER})
+        shared = (parts.Shared(images.sources, count),)
+        binding = parts.Binding(shared, RECIPE, decode.settings(MACHINE), {"constant": TEACHER})
         for number in range(count):
             folder = parts.folder(str(path), number)
             _fill(Path(folder), images.manifest((number, count)))

@@ -63,7 +63,7 @@ def precompute(
 
     loaded = stage.load_teachers(generalist, teachers, options.size)
     given = image_set(indexing, images)
-    shared = options.parts is not None or bool(options.part) or has_parts(store)
+    shared = (options.parts or 1) > 1 or bool(options.part) or options.add or has_parts(store)
     manifest = None if shared and not dry_run else given.manifest()
     Bar.end()
     classes = ", ".join(

@@ -14,7 +14,6 @@ from fastcon.distill.options import PrecomputeOptions
 from fastcon.distill.precompute import Progress, load_teachers
 from fastcon.errors import FastconError, one_line, optional_import
 from fastcon.machine import Machine
-from fastcon.store import parts
 
 RETRIES = 3
 """How often a part is begun again after its worker died."""
@@ -52,10 +51,7 @@ def precompute(address: str, task: Task, progress: Progress | None = None) -> in
     FastconError where a part fails; those that are finished stay.
     """
     ray: Any = optional_import("ray", "ray")
-    count = parts.read(task.store).count if parts.has_parts(task.store) else task.options.parts
-    if count is None:
-        raise FastconError("`ray` makes the parts of a store side by side: say with `parts` how many there are to be")
-    chosen = list(task.options.part or range(count))
+    chosen = distilled.planned(task.store, ImageSet(task.images), task.options)
     where: dict[str, Any] = {"address": address}
     if address == "local":
         where = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}

@@ -65,8 +65,9 @@ class PrecomputeOptions(Options):
         "Run teachers compiled (default) or as they are (none); auto: whichever is faster overall.",
         choices=("auto", "none", "default"),
     )
-    parts: int | None = option(None, "Make a store of so many parts, which processes can share.", low=2, high=100_000)
+    parts: int | None = option(None, "Make a store of so many parts, which processes can share.", low=1, high=100_000)
     part: tuple[int, ...] = option((), "Make this part alone, or these, as 0-3 (default: all).", parse=parse_part)
+    add: bool = option(False, "Add these IMAGES to a store in parts, as further parts (--parts: how many; default: 1).")
 
     def __post_init__(self) -> None:
         from fastcon.store.codec import codec

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from fastcon.data import decode
 from fastcon.data.manifest import ImageSet, Manifest
@@ -26,7 +24,7 @@ from fastcon.store import parts
 from fastcon.store.codec import check_kind
 from fastcon.store.format import is_url
 from fastcon.store.images import manifest_of
-from fastcon.store.parts import Binding, Bound
+from fastcon.store.parts import Binding, Bound, Shared
 from fastcon.store.pixels import check_pixels
 from fastcon.store.reader import Store
 from fastcon.store.writer import check_recipe, check_same_teacher
@@ -46,7 +44,7 @@ def make(
     say: Say = lambda line: None,
 ) -> int:
     """Make a store with or without parts, as the options say or as it is; returns the number of rows computed."""
-    if options.parts is not None or options.part or parts.has_parts(path):
+    if parts.has_parts(path) or options.part or options.add or (options.parts or 1) > 1:
         if is_url(path):
             raise FastconError(f"{path}: parts are folders so far; make them in one, or leave out `parts` and `part`")
         shared = ImageSet(images.sources) if isinstance(images, Manifest) else images
@@ -84,8 +82,8 @@ def precompute(
     """
     one.check_names([teacher.name for teacher in teachers])
     machine = machine.settled()
-    binding = _bind(path, images, teachers, options, views, machine, say)
-    wanted = _in_turn(binding.count, options.part)
+    binding, which = _bind(path, images, teachers, options, views, machine, say)
+    wanted = _in_turn(_chosen(path, binding.numbers(which), options))
     names, rows, told = [teacher.name for teacher in teachers], 0, False
 
     def missing() -> list[int]:
@@ -115,27 +113,65 @@ def _bind(
     views: int,
     machine: Machine,
     say: Say,
-) -> Binding:
-    """The record of the parts, made or extended by these teachers. Raises FastconError for what does not go with it."""
+) -> tuple[Binding, int]:
+    """The record of the parts, made or extended by these images and teachers, and which of its sets the images are.
+
+    Raises FastconError for what does not go with it.
+    """
     settings = decode.settings(machine)
-    count = parts.read(path).count if parts.has_parts(path) else options.parts
-    if count is None:
-        raise FastconError(f"{path} has no parts yet: say with `parts` how many there are to be")
-    if options.parts not in (None, count):
-        raise FastconError(f"{path} has {count} parts, this call says {options.parts}: use `parts` {count}")
-    outside = [number for number in options.part if number >= count]
-    if outside:
-        raise FastconError(f"{path} has parts 0 to {count - 1}: there is no `part` {outside[0]}")
-    rows = len(images.manifest((_in_turn(count, options.part)[0], count))) * count * views  # long, so before the lock
+    known = parts.read(path) if parts.has_parts(path) else None
+    planned, which = _with_images(path, known or Binding((), options.recipe, settings), images, options)
+    first = _in_turn(_chosen(path, planned.numbers(which), options))[0]
+    manifest = images.manifest(planned.share(first)[1])  # long, so before the lock
+    if first in planned.bound:
+        Store(parts.folder(path, first)).check_images(manifest)
+    rows = len(manifest) * planned.count * views
     with parts.changing(path) as write:
-        binding = parts.read(path) if parts.has_parts(path) else _begun(path, images, options, settings)
+        binding = parts.read(path) if parts.has_parts(path) else _begun(path, planned)
+        binding, which = _with_images(path, binding, images, options)
         check_recipe(path, binding.recipe, options.recipe)
         if settings != binding.pipeline:
-            _check_pixels(path, binding, images, machine)
+            _check_pixels(path, binding, machine)
         for teacher in teachers:
             binding = _with_teacher(path, binding, teacher, options, machine, rows, say)
         write(binding)
-    return binding
+    return binding, which
+
+
+def planned(path: str, images: ImageSet, options: PrecomputeOptions) -> list[int]:
+    """The parts that a call would make. Raises FastconError."""
+    known = parts.read(path) if parts.has_parts(path) else Binding((), options.recipe, {})
+    binding, which = _with_images(path, known, images, options)
+    return _chosen(path, binding.numbers(which), options)
+
+
+def _with_images(path: str, binding: Binding, images: ImageSet, options: PrecomputeOptions) -> tuple[Binding, int]:
+    """The record with these images, and which of its sets they are: of one set alone, wherever they are now."""
+    which = next((k for k, each in enumerate(binding.sets) if each.sources == images.sources), None)
+    if which is None and (options.add or not binding.sets):
+        if not binding.sets and (options.parts is None or options.add):
+            raise FastconError(f"{path} has no parts yet: say with `parts` how many there are to be, without `add`")
+        made = Shared(images.sources, options.parts or 1)
+        return dataclasses.replace(binding, sets=(*binding.sets, made)), len(binding.sets)
+    if which is None and len(binding.sets) > 1:
+        raise FastconError(
+            f"{path} was made from {' and from '.join(', '.join(each.sources) for each in binding.sets)}: give one of those, "
+            "or `add` these"
+        )
+    which = which or 0
+    parted = binding.sets[which].parts
+    if options.parts not in (None, parted):
+        raise FastconError(f"{path} has {parted} parts, this call says {options.parts}: use `parts` {parted}")
+    return binding, which
+
+
+def _chosen(path: str, numbers: range, options: PrecomputeOptions) -> list[int]:
+    """The parts that this call is to make."""
+    outside = [number for number in options.part if number not in numbers]
+    if outside:
+        first, last = numbers[0], numbers[-1]
+        raise FastconError(f"{path} has parts {first} to {last} of these images: there is no `part` {outside[0]}")
+    return list(options.part or numbers)
 
 
 def _with_teacher(
@@ -160,15 +196,13 @@ def _with_teacher(
     return dataclasses.replace(binding, teachers=binding.teachers | {name: given})
 
 
-def _begun(path: str, images: ImageSet, options: PrecomputeOptions, settings: dict[str, Any]) -> Binding:
+def _begun(path: str, binding: Binding) -> Binding:
     """A new record; where the parts are there already, as after its loss, with their teachers."""
     if os.path.exists(os.path.join(path, "zarr.json")):
         raise FastconError(f"{path} is a store without parts: leave out `parts`, or use another `store`")
-    assert options.parts is not None
     foreign = [name for name in sorted(os.listdir(path)) if not name.startswith("part")]
     if foreign:
         raise FastconError(f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder")
-    binding = Binding(options.parts, images.sources, options.recipe, settings)
     for number in range(binding.count):
         with contextlib.suppress(FastconError):
             part = Store(parts.folder(path, number))
@@ -178,11 +212,11 @@ def _begun(path: str, images: ImageSet, options: PrecomputeOptions, settings: di
     return binding
 
 
-def _check_pixels(path: str, binding: Binding, images: ImageSet, machine: Machine) -> None:
+def _check_pixels(path: str, binding: Binding, machine: Machine) -> None:
     """Raise FastconError where images would decode to other pixels than in the parts that are there."""
     for number in binding.bound:
         part = Store(parts.folder(path, number))
-        check_pixels(part, manifest_of(part, images), machine, exact=True)
+        check_pixels(part, manifest_of(part, ImageSet(part.sources)), machine, exact=True)
         return
 
 
@@ -200,7 +234,7 @@ def _part(
     """Make a part, and enter it into the record. Raises Busy where another process is making it."""
     binding, where = parts.read(path), parts.folder(path, number)
     ways = {name: record.compile or frozen.PLAIN for name, record in binding.teachers.items()}
-    manifest = images.manifest((number, binding.count))
+    manifest = images.manifest(binding.share(number)[1])
     rows = one.precompute(
         where,
         manifest,
@@ -221,10 +255,9 @@ def _part(
     return rows
 
 
-def _in_turn(count: int, chosen: Sequence[int]) -> list[int]:
+def _in_turn(wanted: list[int]) -> list[int]:
     """The parts to make, each rank of torchrun beginning with others."""
     number, ranks = rank()
-    wanted = list(chosen or range(count))
     start = number * len(wanted) // ranks
     return wanted[start:] + wanted[:start]
 

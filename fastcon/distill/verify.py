@@ -25,7 +25,7 @@ from fastcon.models.frozen import Frozen
 from fastcon.models.load import from_bytes, load
 from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
-from fastcon.store.images import manifest_of
+from fastcon.store.images import image_sets, manifest_of
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
 from fastcon.store.replay import Replay
@@ -64,7 +64,8 @@ def verify(
     """
     if parts.has_parts(path):
         assert not isinstance(images, Manifest)
-        return _verify_parts(path, index(images or parts.read(path).sources), rows, machine, repair, seed)
+        sets = image_sets(parts.read(path), list(images) if images else None, index)
+        return _verify_parts(path, sets, rows, machine, repair, seed)
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)
@@ -99,16 +100,16 @@ def verify(
 
 
 def _verify_parts(
-    path: str, images: ImageSet, rows: int, machine: Machine | None, repair: bool, seed: int
+    path: str, sets: list[ImageSet], rows: int, machine: Machine | None, repair: bool, seed: int
 ) -> list[Check]:
     """The checks of every part, those of one kind on one line, and whether the parts are those that the record speaks of."""
     binding = parts.read(path)
     by_kind: dict[str, list[tuple[int, Check]]] = {}
     other: list[str] = []
     for number in range(binding.count):
-        where, share = parts.folder(path, number), (number, binding.count)
+        where, (which, share) = parts.folder(path, number), binding.share(number)
         try:
-            checks = verify(where, images.manifest(share), -(-rows // binding.count), machine, repair, seed)
+            checks = verify(where, sets[which].manifest(share), -(-rows // binding.count), machine, repair, seed)
             seen = parts.Bound.of(Store(where))
             if binding.bound.get(number) != seen:
                 other.append(f"part {number} has {seen.rows:,} rows of {seen.views} views, the record says otherwise")

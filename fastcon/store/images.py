@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from fastcon.data.decode import Reader
 from fastcon.data.manifest import ImageSet, Manifest
+from fastcon.errors import FastconError
+from fastcon.store.parts import Binding, StoreOfParts
 from fastcon.store.reader import Store, Stored
 
 OPEN = 32
@@ -23,8 +25,9 @@ class PartImages:
 
     side = None  # they differ in size
 
-    def __init__(self, store: Stored, images: ImageSet) -> None:
-        self._store, self._images = store, images
+    def __init__(self, store: StoreOfParts, sets: list[ImageSet]) -> None:
+        """sets: where the images of each of the store's sets are."""
+        self._store, self._sets = store, sets
         self._starts = store.chunking.part_starts
         self._parts: OrderedDict[int, Manifest] = OrderedDict()
         self._opening = threading.Lock()
@@ -35,7 +38,8 @@ class PartImages:
             if number not in self._parts:
                 if len(self._parts) >= OPEN:
                     self._parts.popitem(last=False)
-                self._parts[number] = manifest_of(self._store.part(number), self._images)
+                which, _ = self._store.binding.share(number)
+                self._parts[number] = manifest_of(self._store.part(number), self._sets[which])
             self._parts.move_to_end(number)
             return self._parts[number]
 
@@ -133,11 +137,32 @@ def images_of(
     """The images of a store; index: how IMAGES are looked up. Raises FastconError where they are not its images."""
     if isinstance(images, PartImages):
         return images
+    if not isinstance(images, Manifest | ImageSet | None):
+        images = [images] if isinstance(images, str) else list(images)
+    if isinstance(store, StoreOfParts):
+        return PartImages(store, image_sets(store.binding, images, index))
+    assert isinstance(store, Store)
     if not isinstance(images, Manifest | ImageSet):
-        images = index([images] if isinstance(images, str) else list(images or store.sources))
-    if isinstance(store, Store):
-        return manifest_of(store, images)
-    return PartImages(store, index(images.sources) if isinstance(images, Manifest) else images)
+        images = index(images or store.sources)
+    return manifest_of(store, images)
+
+
+def image_sets(
+    binding: Binding, images: list[str] | ImageSet | Manifest | None, index: Callable[[Sequence[str]], ImageSet]
+) -> list[ImageSet]:
+    """The sets of a store in parts. Raises FastconError where there are more or fewer IMAGES than it was made from."""
+    if isinstance(images, ImageSet) and len(binding.sets) == 1:
+        return [images]
+    given = binding.sources if images is None else images if isinstance(images, list) else images.sources
+    if len(binding.sets) == 1:
+        return [index(given)]
+    if len(given) != len(binding.sources):
+        raise FastconError(
+            f"the parts were made from {len(binding.sources)} IMAGES ({', '.join(binding.sources)}), {len(given)} are given: "
+            "give where each of them is now, in that order"
+        )
+    ends = np.cumsum([len(each.sources) for each in binding.sets]).tolist()
+    return [index(given[end - len(each.sources) : end]) for each, end in zip(binding.sets, ends, strict=True)]
 
 
 def manifest_of(store: Store, images: ImageSet | Manifest) -> Manifest:

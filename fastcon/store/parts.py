@@ -1,7 +1,7 @@
 """A store in parts: STORE/part-00000, …, each a store of its own with a share of the images, and a small record of them.
 
-    parts.json   format, how many parts, IMAGES, recipe, pipeline, teachers, and of each finished part: rows, views, the
-                 digest of its images, and of how many views which teacher's logits are all there
+    parts.json   format, sets (IMAGES, and in how many parts), recipe, pipeline, teachers, and of each finished part: rows,
+                 views, the digest of its images, and of how many views which teacher's logits are all there
 
 Any number of processes make the parts, one process a part; what they share is this record, written under a lock and at
 once. Opening reads it alone; a part is opened, and compared with it, when it is used.
@@ -55,23 +55,51 @@ class Bound:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared:
+    """IMAGES that are shared among so many parts."""
+
+    sources: list[str]
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Binding:
     """The record of a store in parts."""
 
-    count: int
-    sources: list[str]
+    sets: tuple[Shared, ...]
+    """What the first parts are made of, what the next are, …"""
     recipe: Recipe
     pipeline: dict[str, Any]
     """What pixels are decoded with, in every part: see `data.decode.settings`."""
     teachers: dict[str, TeacherRecord] = dataclasses.field(default_factory=dict)
     bound: dict[int, Bound] = dataclasses.field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """All parts."""
+        return sum(each.parts for each in self.sets)
+
+    @property
+    def sources(self) -> list[str]:
+        """All IMAGES."""
+        return [source for each in self.sets for source in each.sources]
+
+    def numbers(self, which: int) -> range:
+        """The parts of a set."""
+        start = sum(each.parts for each in self.sets[:which])
+        return range(start, start + self.sets[which].parts)
+
+    def share(self, number: int) -> tuple[int, tuple[int, int]]:
+        """Which set a part has a share of, and which share."""
+        which = next(k for k in range(len(self.sets)) if number in self.numbers(k))
+        numbers = self.numbers(which)
+        return which, (number - numbers.start, len(numbers))
+
     def file(self) -> bytes:
         """As it is written."""
         values: dict[str, Any] = {
             "format": FORMAT,
-            "parts": self.count,
-            "sources": self.sources,
+            "sets": [dataclasses.asdict(each) for each in self.sets],
             "recipe": self.recipe.record(),
             "pipeline": self.pipeline,
             "teachers": {name: teacher.json() for name, teacher in self.teachers.items()},
@@ -86,8 +114,7 @@ class Binding:
         if fields["digest"] != record_digest(fields):
             raise ValueError("its digest differs")
         return cls(
-            fields["parts"],
-            fields["sources"],
+            tuple(Shared(**each) for each in fields["sets"]),
             Recipe.from_record(fields["recipe"]),
             fields["pipeline"],
             {name: TeacherRecord.parse(teacher) for name, teacher in fields["teachers"].items()},
