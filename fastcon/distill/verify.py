@@ -129,7 +129,9 @@ def _of_all(what: str, found: list[tuple[int, Check]]) -> Check:
         number, first = failed[0]
         return Check(what, False, f"part {number}: {first.seen}" + f" (and {len(failed) - 1} more)" * (len(failed) > 1))
     first = found[0][1].seen
-    return Check(what, True, f"in {len(found)} parts, the first: {first}" if len(found) > 1 else f"in one part: {first}")
+    return Check(
+        what, True, f"in {len(found)} parts, the first: {first}" if len(found) > 1 else f"in one part: {first}"
+    )
 
 
 def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
