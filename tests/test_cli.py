@@ -444,3 +444,13 @@ def test_a_study_says_what_it_lacks(tmp_path):
                                        'probe = { trails = 3 }\n[data.x]\ntrain = "y"\nholdout = 0.5\n'
                                        '[[evaluations]]\ncommand = "probe"\non = "x"\nof = "generalist"\n')  # fmt: skip
     assert "--trails" in fastcon("study", tmp_path / "bad.toml", "--dry-run", code=2).output
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_other_commands_run_in_one_process(monkeypatch, number):
+    """What is said of it is said by the first rank alone."""
+    monkeypatch.setenv("RANK", number)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = CliRunner().invoke(main, ["info", "x"])
+    text = "fastcon: info runs in one process: start it without torchrun\n"
+    assert (told.exit_code, told.output) == ((2, text) if number == "0" else (1, ""))

@@ -67,5 +67,5 @@ def main() -> None:
     """
     command = click.get_current_context().invoked_subcommand
     if rank()[1] > 1 and command not in ("precompute", "train"):
-        raise UsageError(f"{command} runs in one process: start it without torchrun")
+        raise (Told if rank()[0] else UsageError)(f"{command} runs in one process: start it without torchrun")
     keep_freed_memory()

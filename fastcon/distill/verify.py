@@ -126,12 +126,10 @@ def _of_all(what: str, found: list[tuple[int, Check]]) -> Check:
     """One check for all parts."""
     failed = [(number, check) for number, check in found if not check.passed]
     if failed:
-        number, first = failed[0]
-        return Check(what, False, f"part {number}: {first.seen}" + f" (and {len(failed) - 1} more)" * (len(failed) > 1))
-    first = found[0][1].seen
-    return Check(
-        what, True, f"in {len(found)} parts, the first: {first}" if len(found) > 1 else f"in one part: {first}"
-    )
+        number, check = failed[0]
+        return Check(what, False, f"part {number}: {check.seen}" + f" (and {len(failed) - 1} more)" * (len(failed) > 1))
+    where = f"in {len(found)} parts, the first" if len(found) > 1 else "in one part"
+    return Check(what, True, f"{where}: {found[0][1].seen}")
 
 
 def _mend(store: Store, manifest: Manifest, machine: Machine) -> None:
