@@ -12,6 +12,21 @@ from conftest import tree
 from fastcon.store import parts
 
 pytest.importorskip("ray")
+CLUSTER = """
+import ray
+ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+assert ray.get(ray.remote(lambda: 3).remote()) == 3
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_cluster_starts_here():
+    """Ray needs shared memory and processes of its own, which not every sandbox gives it."""
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        subprocess.run([sys.executable, "-c", CLUSTER], check=True, capture_output=True, timeout=120, env=environment)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"Ray itself starts no cluster here ({type(error).__name__})")
 
 
 def run(*arguments, check=True):
