@@ -172,3 +172,15 @@ def test_the_first_so_many_views(store_path, proxy):
     assert all(torch.equal(p, first[k]) for k, p in shown if k in first)  # the same view once more
     with pytest.raises(FastconError, match="has 2 views of each image, not 3"):
         fastcon.Loader(str(store_path), proxy, 24, views=3)
+
+
+def test_processes_share_every_batch(store_path, proxy):
+    whole = list(Loader(str(store_path), proxy, 24))
+    shares = [list(Loader(str(store_path), proxy, 24, rank=(r, 4))) for r in range(4)]
+    for step, batch in enumerate(whole):
+        mine = [share[step] for share in shares]
+        assert np.array_equal(np.concatenate([part.indices for part in mine]), batch.indices)
+        assert torch.equal(torch.cat([part.pixels for part in mine]), batch.pixels)
+        assert torch.equal(torch.cat([part.stacked for part in mine]), batch.stacked)
+    with pytest.raises(FastconError, match="5 ranks do not divide the 8 lanes"):
+        Loader(str(store_path), proxy, 24, rank=(0, 5))
