@@ -74,7 +74,7 @@ def page() -> str:
         f"{PART:,} has {math.ceil(1_281_167 / PART)}, so 64 GPUs take `--parts 640`.",
         "- **One record.** parts.json is rewritten whenever a part is made: of 5,000 parts it is about a megabyte, and a part takes "
         "minutes to make.",
-        "- **Listing.** Every process lists all images, though it reads its share alone: 44 s for a million tar members "
+        "- **Listing.** Every process lists all images, though it reads its share alone: 47 s for a million tar members "
         "(`bench growth`, headers), so a billion images want to be many sources, added one after another (`--add`).",
         "",
     ]

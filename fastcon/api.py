@@ -33,8 +33,8 @@ def precompute(
     """Run every teacher once over augmented views of images and store its logits; rows computed (0: all were there).
 
     images: IMAGES, or their manifest. generalist: {name: MODEL}; teachers: {name: MODEL, …}. options: those of
-    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size, compile, parts, part) and `Machine` (device, precision,
-    loader, threads). Running it again resumes; more views or teachers compute just those. Raises FastconError.
+    `PrecomputeOptions` (seed, size, scale, logits, bake, bake_quality, batch_size, compile, parts, part, add) and `Machine`
+    (device, precision, loader, threads). Running it again resumes; more views or teachers compute just those. Raises FastconError.
     """
     if len(generalist or {}) > 1:
         raise UsageError("`generalist` is one {name: MODEL}")

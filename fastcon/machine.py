@@ -101,14 +101,14 @@ def rank() -> tuple[int, int]:
 
 
 def choose_device(device: str) -> torch.device:
-    """Resolve "auto" to the first GPU (under torchrun: this process's), else the CPU. Raises FastconError for a GPU that is
-    not there."""
+    """Resolve "auto" to a GPU, else the CPU; of GPUs the first, or under torchrun this process's. Raises FastconError for a
+    GPU that is not there."""
     import torch
 
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = "cuda"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -117,7 +117,9 @@ def choose_device(device: str) -> torch.device:
         raise FastconError(f"`device` {device} is none of auto, cpu, cuda and cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise FastconError(f"`device` {device}: PyTorch sees no GPU here; use `device` cpu or auto")
-    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return chosen
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import datetime
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -164,6 +165,10 @@ def join(device: torch.device) -> Ranks:
 
     if not dist.is_initialized():
         if device.type == "cuda":
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+            if here > gpus:
+                kind = Told if number else FastconError
+                raise kind(f"{here} ranks here, and PyTorch sees {gpus} GPUs: use `torchrun --nproc-per-node {gpus}`")
             torch.cuda.set_device(device)
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

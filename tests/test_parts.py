@@ -189,6 +189,27 @@ def test_images_are_added_as_further_parts(copy, tmp_path, images, labelled_fold
     assert "in 2 parts, from" in describe(str(copy))[1]
 
 
+def test_labels_of_other_classes_are_not_mixed(tmp_path, labelled_folder, teachers):
+    """Number 1 of one set is not number 1 of another: then nobody has labels."""
+    shutil.copytree(labelled_folder, tmp_path / "same")
+    (tmp_path / "other").mkdir()
+    for folder in sorted(labelled_folder.iterdir())[:3]:
+        shutil.copytree(folder, tmp_path / "other" / f"new {folder.name}")
+    make(tmp_path / "s", ImageSet([str(labelled_folder)]), teachers, parts=2)
+    make(tmp_path / "s", ImageSet([str(tmp_path / "same")]), teachers, parts=1, add=True)
+    assert next(iter(Loader(str(tmp_path / "s"), None, 28))).labels is not None
+    make(tmp_path / "s", ImageSet([str(tmp_path / "other")]), teachers, parts=1, add=True)
+    assert next(iter(Loader(str(tmp_path / "s"), None, 28))).labels is None
+    with pytest.raises(FastconError, match="`labels` needs a class for every proxy image"):
+        train(str(tmp_path / "s"), str(tmp_path / "r"), TrainOptions(epochs=1, batch_size=28, labels=True), MACHINE)
+
+
+def test_a_part_is_a_store_of_its_own(whole, proxy):
+    assert not [check for check in verify(str(whole / "part-00001"), None, 5, MACHINE) if not check.passed]
+    assert "share 1 of 3" in describe(str(whole / "part-00001"))[1]
+    assert not [check for check in verify(str(whole), proxy, 3, MACHINE) if not check.passed]
+
+
 def test_one_part_is_a_store_without_parts(tmp_path, images, teachers):
     make(tmp_path / "s", images, teachers, parts=1)
     assert isinstance(parts.opened(tmp_path / "s"), Store)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.train import train
 from fastcon.errors import FastconError
 from fastcon.machine import Machine, choose_device, rank
-from fastcon.ranks import Ranks, Told
+from fastcon.ranks import Ranks, Told, join
 
 CALL = {"epochs": 2, "batch_size": 24, "lr_backbone": 1e-5, "lr_heads": 1e-4, "precision": "float32", "log_every": 2}
 
@@ -136,3 +137,16 @@ def test_ranks_are_torchruns(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert rank() == (3, 4)
     assert choose_device("auto").type == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda:3", "cuda:3", "cuda:1"]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for number, kind in (("0", FastconError), ("1", Told)):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(kind, match="4 ranks here, and PyTorch sees 2 GPUs: use `torchrun --nproc-per-node 2`"):
+            join(torch.device("cuda", 0))

@@ -59,12 +59,10 @@ def precompute(
     from fastcon.distill import parts
     from fastcon.distill import precompute as stage
     from fastcon.models.origin import is_random
-    from fastcon.store.parts import has_parts
 
     loaded = stage.load_teachers(generalist, teachers, options.size)
     given = image_set(indexing, images)
-    shared = (options.parts or 1) > 1 or bool(options.part) or options.add or has_parts(store)
-    manifest = None if shared and not dry_run else given.manifest()
+    manifest = None if parts.in_parts(store, options) and not dry_run else given.manifest()
     Bar.end()
     classes = ", ".join(
         f"{t.name} ({len(t.model.heads[0].classes)} classes{', random weights' if is_random(t.spec) else ''})"

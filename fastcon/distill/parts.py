@@ -44,24 +44,35 @@ def make(
     say: Say = lambda line: None,
 ) -> int:
     """Make a store with or without parts, as the options say or as it is; returns the number of rows computed."""
-    if parts.has_parts(path) or options.part or options.add or (options.parts or 1) > 1:
+    if in_parts(path, options):
         if is_url(path):
             raise FastconError(f"{path}: parts are folders so far; make them in one, or leave out `parts` and `part`")
         shared = ImageSet(images.sources) if isinstance(images, Manifest) else images
         return precompute(path, shared, teachers, options, views, machine, progress, say)
     manifest = images if isinstance(images, Manifest) else images.manifest()
+    return _fill(path, manifest, teachers, options, views, machine, progress, options.compile, say)
+
+
+def in_parts(path: str, options: PrecomputeOptions) -> bool:
+    """Whether a call makes parts: as the options say, or as the store is."""
+    return parts.has_parts(path) or bool(options.part) or options.add or (options.parts or 1) > 1
+
+
+def _fill(
+    path: str,
+    manifest: Manifest,
+    teachers: list[Teacher],
+    options: PrecomputeOptions,
+    views: int,
+    machine: Machine,
+    progress: Progress | None,
+    compile: str | dict[str, str],
+    say: Say,
+) -> int:
+    """One store, or one part."""
+    size, logits = options.batch_size, options.logits
     return one.precompute(
-        path,
-        manifest,
-        teachers,
-        options.recipe,
-        views,
-        machine,
-        options.batch_size,
-        options.logits,
-        progress,
-        options.compile,
-        say,
+        path, manifest, teachers, options.recipe, views, machine, size, logits, progress, compile, say
     )
 
 
@@ -235,19 +246,7 @@ def _part(
     binding, where = parts.read(path), parts.folder(path, number)
     ways = {name: record.compile or frozen.PLAIN for name, record in binding.teachers.items()}
     manifest = images.manifest(binding.share(number)[1])
-    rows = one.precompute(
-        where,
-        manifest,
-        teachers,
-        options.recipe,
-        views,
-        machine,
-        options.batch_size,
-        options.logits,
-        progress,
-        ways,
-        say,
-    )
+    rows = _fill(where, manifest, teachers, options, views, machine, progress, ways, say)
     with parts.changing(path) as write:
         binding = parts.read(path)
         write(dataclasses.replace(binding, bound=binding.bound | {number: Bound.of(Store(where))}))

@@ -63,8 +63,8 @@ def verify(
     images: where they are now (default: where they were); index: how IMAGES are looked up.
     """
     if parts.has_parts(path):
-        assert not isinstance(images, Manifest)
-        sets = image_sets(parts.read(path), list(images) if images else None, index)
+        given = images if isinstance(images, Manifest) else list(images) if images else None
+        sets = image_sets(parts.read(path), given, index)
         return _verify_parts(path, sets, rows, machine, repair, seed)
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)

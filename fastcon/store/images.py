@@ -48,7 +48,7 @@ class PartImages:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, the same in every part."""
+        """Names of the classes, the same in every part where there are labels."""
         return self.part(0).classes
 
     def name(self, index: int) -> str:
@@ -66,13 +66,14 @@ class PartImages:
 
     @property
     def has_labels(self) -> bool:
-        """Whether images have a class: those of the first part tell."""
-        return self.part(0).has_labels
+        """Whether images have a class: those of each set's first part tell. Sets with other classes have none in common."""
+        firsts = [self.part(self._store.binding.numbers(which)[0]) for which in range(len(self._sets))]
+        return firsts[0].has_labels and all(first.classes == firsts[0].classes for first in firsts)
 
     @property
     def all_labelled(self) -> bool:
         """Whether every image has one class."""
-        return all(self.part(number).all_labelled for number in range(len(self._starts) - 1))
+        return self.has_labels and all(self.part(number).all_labelled for number in range(len(self._starts) - 1))
 
     def reader(self) -> Reader:
         """What reads the images' bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ from fastcon.store.format import (
 )
 
 
-class Stored:
+class Stored(abc.ABC):
     """Logits of views, in one store or in parts of it: what `Store` and `parts.StoreOfParts` have in common.
 
     Rows and chunks are numbered through all parts.
@@ -75,13 +76,13 @@ class Stored:
         """Bytes of one row of a teacher's logits."""
         return self.codec(name).row_bytes(len(self.teachers[name].classes))
 
+    @abc.abstractmethod
     def part(self, number: int) -> Store:
         """A part of the store, opened."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def require(self, name: str, views: int) -> None:
         """Raise FastconError where not all logits of a teacher are there, for the first `views` views."""
-        raise NotImplementedError
 
     def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
         """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""

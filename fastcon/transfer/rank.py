@@ -32,11 +32,10 @@ def rank(
     """
     machine = machine.settled()
     train, _ = task.parts(index)
-    loaded = {spec: load(spec) for spec in models}
-    size = options.size or common_size({spec: model.size for spec, model in loaded.items()})
+    size = options.size or common_size({spec: load(spec).size for spec in models})
     rows: dict[str, dict[str, Any]] = {}
-    for spec, model in loaded.items():
-        model.on(machine.target)
+    for spec in models:  # one at a time: there may be hundreds
+        model = load(spec).on(machine.target)
         every = features(model, train.manifest, machine, size, options.batch_size, bar(f"features {spec}", "images"))
         rows[spec] = {"backbone": spec, **origin(spec), "logme": logme(every[train.indices], train.labels)}
     by_logme = sorted(rows, key=lambda spec: -rows[spec]["logme"])
