@@ -1,7 +1,8 @@
-"""Distillation cross-entropy of all heads at once: loss, statistics and gradient in one call.
+"""Distillation loss of all heads at once: loss, statistics and gradient in one call.
 
-In: concatenated student and teacher logits [B, sum C] and a segment table that says where each head
-lies, its weight, temperature and kind. Out: the weighted scalar that training minimises, and per-(row,
+In: concatenated student and teacher outputs [B, sum C] and a segment table that says where each head
+lies, its weight, temperature and kind: cross-entropy with the teacher's softmax or sigmoids, or, of an
+embedding, cosine and smooth L1 distance. Out: the weighted scalar that training minimises, and per-(row,
 head) losses, teacher entropies and agreements for the metrics.
 
 On a GPU one Triton launch does it (`multihead_ce_triton`); elsewhere the PyTorch twin in this file.
@@ -19,16 +20,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SOFTMAX, SIGMOID = 0, 1
-KINDS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+SOFTMAX, SIGMOID, EMBEDDING = 0, 1, 2
+KINDS = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "embedding": EMBEDDING}
+SHORT = 1e-12
+"""Least squared length of an embedding in its cosine."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Standard:
+    """What an embedding's features are standardised with, dimension by dimension: (z - mean) * scale."""
+
+    mean: Tensor
+    """float32 [C]."""
+    scale: Tensor
+    """float32 [C]: 1 / standard deviation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Where each head's logits lie in a row of [sum C] columns, and how its loss is taken.
+    """Where each head's outputs lie in a row of [sum C] columns, and how its loss is taken.
 
     All tuples have one entry per head: first column, number of classes, weight (lambda), temperature (T)
-    and kind: "softmax", or "sigmoid" for a multi-label teacher.
+    and kind: "softmax", "sigmoid" for a multi-label teacher, or "embedding", which has features for classes
+    and no temperature. standards: of each embedding, with which the teacher's features are standardised, or
+    None to take them as they are; an empty tuple does so for all.
     """
 
     offsets: tuple[int, ...]
@@ -36,15 +51,20 @@ class Segments:
     weights: tuple[float, ...]
     temperatures: tuple[float, ...]
     kinds: tuple[str, ...]
+    standards: tuple[Standard | None, ...] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        columns = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        lengths = {len(column) for column in columns if column or column is not self.standards}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"a segment table needs one entry per head in every column, got lengths {lengths}")
         if min(self.widths) < 1 or min(self.temperatures) <= 0 or min(self.weights) < 0:
             raise ValueError("a head needs at least one class, T > 0 and a weight >= 0")
         if not set(self.kinds) <= set(KINDS):
             raise ValueError(f"unknown head kind in {self.kinds}: it is one of {', '.join(KINDS)}")
+        for kind, width, standard in zip(self.kinds, self.widths, self.standards, strict=False):
+            if standard and (kind != "embedding" or {standard.mean.shape, standard.scale.shape} != {(width,)}):
+                raise ValueError(f"a standard is of an embedding, with one mean and scale for each of {width} features")
 
     @functools.cached_property
     def columns(self) -> int:
@@ -68,20 +88,38 @@ class Segments:
         return [slice(a, b) for a, b in itertools.pairwise([*runs, len(self.widths)])]
 
     @functools.cache  # noqa: B019 - tables are few, and live as long as the run that trains with them
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The table as tensors on `device`: int32 [H, 3] offset, width, kind; float32 [H, 2] lambda, T; [H, 1] slope.
-
-        The slope is what a difference of probabilities is multiplied with in the gradient: lambda / T, over the width
-        for a sigmoid head.
-        """
+    def on(self, device: torch.device) -> Table:
+        """The table as tensors on `device`."""
         places = [self.offsets, self.widths, [KINDS[kind] for kind in self.kinds]]
         table = zip(self.widths, self.weights, self.temperatures, self.kinds, strict=True)
-        slopes = [[weight / t / (width if kind == "sigmoid" else 1)] for width, weight, t, kind in table]
-        return (
+        slopes = [
+            [weight if kind == "embedding" else weight / t / (width if kind == "sigmoid" else 1)]
+            for width, weight, t, kind in table
+        ]
+        standards = torch.tensor([[0.0], [1.0]]).repeat(1, self.columns if "embedding" in self.kinds else 1)
+        for offset, width, standard in zip(self.offsets, self.widths, self.standards, strict=False):
+            if standard:
+                standards[:, offset : offset + width] = torch.stack([standard.mean, standard.scale])
+        return Table(
             torch.tensor(places, dtype=torch.int32).T.contiguous().to(device),
             torch.tensor([self.weights, self.temperatures], dtype=torch.float32).T.contiguous().to(device),
             torch.tensor(slopes, dtype=torch.float32, device=device),
+            standards.to(device),
         )
+
+
+class Table(NamedTuple):
+    """A segment table on a device."""
+
+    places: Tensor
+    """int32 [H, 3]: offset, width, kind."""
+    factors: Tensor
+    """float32 [H, 2]: lambda, T."""
+    slopes: Tensor
+    """float32 [H, 1]: what a difference of probabilities is multiplied with in the gradient: lambda / T, over the width
+    for a sigmoid head; of an embedding lambda."""
+    standards: Tensor
+    """float32 [2, sum C]: mean and scale of each column; of one column where no head is an embedding."""
 
 
 class QuantisedLogits(NamedTuple):
@@ -104,18 +142,22 @@ class MultiHeadLoss(NamedTuple):
     total: Tensor
     """Scalar: mean over rows, sum over heads with lambda."""
     losses: Tensor
-    """[B, H] cross-entropy of each row and head, in nats, without lambda."""
+    """[B, H] cross-entropy of each row and head, in nats, without lambda. Of an embedding: 1 - cosine, plus the smooth L1
+    distance, the mean over its features."""
     entropies: Tensor
-    """[B, H] entropy of the teacher at T; losses - entropies is KL(teacher || student)."""
+    """[B, H] entropy of the teacher at T; losses - entropies is KL(teacher || student), and of an embedding the mean
+    squared error over its standardised features."""
     agreement: Tensor
     """[B, H] 1 where a class has the largest logit of both, the teacher's and the student's (sigmoid: the share of labels
-    of equal sign)."""
+    of equal sign; embedding: the cosine)."""
 
 
 def multihead_cross_entropy(
     student: Tensor, teacher: Tensor | QuantisedLogits, segments: Segments, impl: str | None = None
 ) -> MultiHeadLoss:
     """Weighted soft-target cross-entropy over all heads (arXiv 2107.08039, Eq. 1 and 2; no T^2 factor).
+
+    Of an embedding, cosine plus smooth L1 distance to the teacher's standardised features, as in UNIC (arXiv 2408.05088).
 
     student: [B, >= sum C] float16, bfloat16, float32 or float64, the tensor that gets the gradient.
     teacher: raw logits [B, >= sum C] of any of these dtypes, or quantised ones, which are never expanded to floats.
@@ -215,7 +257,7 @@ def _plan(segments: Segments, rows: int, dtype: torch.dtype, device: torch.devic
         if memory is None or len(memory) < needed or len(plans) >= 16:
             plans.clear()  # so that buffers that have become too small are freed
             memory = vars(_kept)[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
-        weights = (segments.on(device)[1][:, 0].to(dtype) / max(rows, 1)).repeat(rows)
+        weights = (segments.on(device).factors[:, 0].to(dtype) / max(rows, 1)).repeat(rows)
         plans[key] = [_Part(segments, heads, block, memory) for heads, block, _ in blocks], weights
         return plans[key]
 
@@ -232,10 +274,14 @@ class _Part:
         self._rows, self._heads, self._width = rows, heads, width
         self._columns = slice(self._offset, self._offset + count * width)
         self._shape = n, count, width
-        self._take = _softmax_heads if segments.kinds[first] == "softmax" else _sigmoid_heads
+        kind, table = segments.kinds[first], segments.on(memory.device)
+        self._take = {"softmax": _softmax_heads, "sigmoid": _sigmoid_heads, "embedding": _embeddings}[kind]
         # A tensor of one number and not the number: so that logits of fewer bits become `dtype` before they are scaled.
-        self._unit = memory.new_tensor([1 / segments.temperatures[first]])
-        self._slopes = segments.on(memory.device)[2][heads].to(memory.dtype)
+        self._unit = memory.new_tensor([1.0 if kind == "embedding" else 1 / segments.temperatures[first]])
+        self._slopes = table.slopes[heads].to(memory.dtype)
+        self._standards = None
+        if kind == "embedding":
+            self._standards = table.standards[:, self._columns].to(memory.dtype).view(2, count, width).unbind()
         self._work = memory[: 4 * n * count * width].view(2, n, 2, count, width).unbind()
         (self._z_s, self._z_t), (self._p_s, self._p_t) = (part.unbind(1) for part in self._work)
 
@@ -251,6 +297,8 @@ class _Part:
                 torch.mul(some.head(head, slice(start, start + self._width)), self._unit, out=self._z_t[:, k])
         else:
             torch.mul(teacher[self._rows, self._columns].view(self._shape), self._unit, out=self._z_t)
+        if self._standards is not None:
+            self._z_t.sub_(self._standards[0]).mul_(self._standards[1])
         self._take(*self._work, statistics[:, self._rows, self._heads])
         if gradient is not None:
             out = gradient[self._rows, self._columns].view(self._shape)
@@ -275,3 +323,20 @@ def _sigmoid_heads(z: Tensor, p: Tensor, out: Tensor) -> None:
     torch.sigmoid(z, out=p)
     softplus = torch.nn.functional.softplus(z)
     torch.mean(softplus.sub_(z.mul_(p[:, 1:])), 3, out=out[:2].transpose(0, 1))
+
+
+def _embeddings(z: Tensor, p: Tensor, out: Tensor) -> None:
+    """As `_softmax_heads`, of student and standardised teacher features; the difference of both `p` is the gradient."""
+    y, t, d_s, d_t = z[:, 0], z[:, 1], p[:, 0], p[:, 1]
+    shortened = [torch.mul(a, a, out=d_t).sum(2).clamp_(min=SHORT).rsqrt_().unsqueeze(2) for a in (y, t)]
+    cosine = torch.mul(y, t, out=d_t).sum(2, keepdim=True).mul_(shortened[0]).mul_(shortened[1])
+    torch.sub(y, t, out=d_t)
+    squares = torch.mul(d_t, d_t, out=d_s).mean(2)
+    slope = d_t.clamp_(-1, 1)  # of the smooth L1 distance, whose value is slope * (difference - slope / 2)
+    torch.sub(y, t, out=d_s).sub_(slope, alpha=0.5).mul_(slope)
+    torch.add(d_s.mean(2), 1 - cosine[:, :, 0], out=out[0])
+    torch.sub(out[0], squares, out=out[1])
+    out[2].copy_(cosine[:, :, 0])
+    torch.mul(slope, 1 / slope.shape[2], out=d_s)
+    d_s.add_(torch.mul(y, cosine * shortened[0].square(), out=d_t))
+    torch.mul(t, shortened[0] * shortened[1], out=d_t)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastcon.kernels.multihead_ce import SIGMOID, QuantisedLogits, Segments
+from fastcon.kernels.multihead_ce import EMBEDDING, SHORT, SIGMOID, QuantisedLogits, Segments
 from torch import Tensor
 
 LARGEST_BLOCK = 4096
@@ -28,6 +28,7 @@ waits."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SHORTEST = tl.constexpr(SHORT)
 NEVER = tl.constexpr(-1e30)
 """The logit of a column outside the head: finite, as it is multiplied by a probability of zero."""
 
@@ -40,6 +41,14 @@ def _logits(row, column, inside, top, scale, QUANTISED: tl.constexpr):
 
 
 @triton.jit
+def _standardised(row, mean_row, scale_row, column, inside, top, scale, QUANTISED: tl.constexpr):
+    """A teacher's standardised features; zero of columns that are not inside."""
+    mean = tl.load(mean_row + column, mask=inside)
+    by = tl.load(scale_row + column, mask=inside)
+    return tl.where(inside, (_logits(row, column, inside, top, scale, QUANTISED) - mean) * by, 0.0)
+
+
+@triton.jit
 def _multihead_ce(
     student_ptr,
     teacher_ptr,
@@ -48,13 +57,17 @@ def _multihead_ce(
     statistics_ptr,
     places_ptr,
     factors_ptr,
+    standards_ptr,
     student_stride,
     teacher_stride,
     gradient_stride,
     rows,
     heads,
+    columns,
     SIGMOID_KIND: tl.constexpr,
     ANY_SIGMOID: tl.constexpr,
+    EMBEDDING_KIND: tl.constexpr,
+    ANY_EMBEDDING: tl.constexpr,
     QUANTISED: tl.constexpr,
     GRADIENT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -104,6 +117,40 @@ def _multihead_ce(
         loss /= width
         entropy /= width
         agree /= width
+    elif ANY_EMBEDDING and kind == EMBEDDING_KIND:
+        mean_row = standards_ptr + offset
+        scale_row = standards_ptr + tl.multiple_of(offset + columns, ALIGNMENT)
+        dot_s = 0.0
+        dot_t = 0.0
+        agree = 0.0
+        smooth = 0.0
+        squares = 0.0
+        for start in range(0, width, BLOCK):
+            column = start + lanes
+            inside = column < width
+            y = tl.where(inside, _logits(student_row, column, inside, top, scale, False), 0.0)
+            t = _standardised(teacher_row, mean_row, scale_row, column, inside, top, scale, QUANTISED)
+            difference = y - t
+            slope_1 = tl.minimum(tl.maximum(difference, -1.0), 1.0)
+            dot_s += tl.sum(y * y)
+            dot_t += tl.sum(t * t)
+            agree += tl.sum(y * t)
+            smooth += tl.sum(slope_1 * (difference - 0.5 * slope_1))
+            squares += tl.sum(difference * difference)
+        short_s = tl.rsqrt(tl.maximum(dot_s, SHORTEST))
+        short_t = tl.rsqrt(tl.maximum(dot_t, SHORTEST))
+        agree *= short_s * short_t
+        loss = 1.0 - agree + smooth / width
+        entropy = loss - squares / width
+        if GRADIENT:
+            for start in range(0, width, BLOCK):
+                column = start + lanes
+                inside = column < width
+                y = tl.where(inside, _logits(student_row, column, inside, top, scale, False), 0.0)
+                t = _standardised(teacher_row, mean_row, scale_row, column, inside, top, scale, QUANTISED)
+                slope_1 = tl.minimum(tl.maximum(y - t, -1.0), 1.0)
+                turned = agree * short_s * short_s * y - short_s * short_t * t
+                tl.store(gradient_row + column, weight * (turned + slope_1 / width), mask=inside)
     elif ONE_PASS:
         inside = lanes < width
         z_s = tl.where(inside, _logits(student_row, lanes, inside, top, scale, False), NEVER)
@@ -183,7 +230,7 @@ def losses_and_gradient(
     if torch.float64 in (student.dtype, values.dtype):
         raise ValueError("the Triton kernel computes in float32: give float64 logits to impl='torch'")
     student, values = _rows_contiguous(student), _rows_contiguous(values)
-    places, factors, _ = segments.on(student.device)
+    table = segments.on(student.device)
     rows, heads = len(student), len(segments.widths)
     statistics = torch.empty(4, rows, heads, dtype=torch.float32, device=student.device)
     covered = sum(segments.widths) == student.shape[1]
@@ -196,11 +243,13 @@ def losses_and_gradient(
             student if scales is None else scales.contiguous(),
             student if gradient is None else gradient,
             statistics,
-            places,
-            factors,
+            table.places,
+            table.factors,
+            table.standards,
             *strides,
             rows,
             heads,
+            segments.columns,
             QUANTISED=scales is not None,
             GRADIENT=needs_gradient,
             **launch(segments, rows, strides),
@@ -221,6 +270,8 @@ def launch(segments: Segments, rows: int, strides: tuple[int, ...]) -> dict[str,
     return {
         "SIGMOID_KIND": SIGMOID,
         "ANY_SIGMOID": "sigmoid" in segments.kinds,
+        "EMBEDDING_KIND": EMBEDDING,
+        "ANY_EMBEDDING": "embedding" in segments.kinds,
         "ALIGNMENT": math.gcd(segments.alignment, *strides),
         "ONE_PASS": widest == block,
         "BLOCK": block,

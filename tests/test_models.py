@@ -162,7 +162,7 @@ def test_pickled_code_in_a_checkpoint_never_runs(tmp_path):
         ("torchvision:resnet18@random?seed=x", "seed=x is not a whole number"),
         ("torchvision:resnet18@random?std=0,1,1", "std=0,1,1 must be above 0"),
         ("torchvision:resnet18@random?mean=nan,1,1", "not three numbers"),
-        ("torchvision:resnet18@random?kind=other", "neither softmax nor sigmoid"),
+        ("torchvision:resnet18@random?kind=other", "none of softmax, sigmoid, embedding"),
     ],
 )
 def test_specs_that_name_nothing(spec, message):

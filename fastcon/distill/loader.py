@@ -21,6 +21,7 @@ from torch import Tensor
 from fastcon.data.decode import decode, hand_over
 from fastcon.data.prefetch import prefetch
 from fastcon.distill import loss as objective
+from fastcon.distill.embeddings import standard
 from fastcon.distill.schedule import Schedule, default_lanes
 from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import QuantisedLogits, Segments
@@ -146,11 +147,14 @@ class Loader:
         self.heads = [Head(name, record.classes, record.kind) for name, record in records.items()]
         """The teachers as heads of a student: an argument of `Classifier.replace_heads`."""
         self._widths = [len(head.classes) for head in self.heads]
-        weights = objective.head_weights(self.names, self.store.generalist)
-        self.segments: Segments = objective.segments(
-            self._widths, weights, temperature, [head.kind for head in self.heads]
-        )
+        self._temperature, self._standards = temperature, [standard(self.store, name) for name in names]
+        self.segments = self.table(objective.head_weights(self.names, self.store.generalist))
         """The segment table of `Batch.stacked` with the paper's weights: an argument of `fastcon.loss`."""
+
+    def table(self, weights: Sequence[float]) -> Segments:
+        """The segment table of `Batch.stacked` with a lambda for each head."""
+        kinds = [head.kind for head in self.heads]
+        return objective.segments(self._widths, weights, self._temperature, kinds, self._standards)
 
     def __len__(self) -> int:
         return self.schedule.steps * self.epochs

@@ -1,6 +1,7 @@
 """The objective of a student: which heads, with which weights, at which temperature (Eq. 1 and 2 of the paper).
 
-L = mean over x, sum over heads i of lambda_i * CE(softmax(z_t,i / T), softmax(z_s,i / T)), no T^2 factor.
+L = mean over x, sum over heads i of lambda_i * CE(softmax(z_t,i / T), softmax(z_s,i / T)), no T^2 factor. An embedding's head
+has 1 - cosine + smooth L1 to the teacher's standardised features in place of CE, and counts as a task like any other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcon.errors import FastconError, UsageError
-from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments, multihead_cross_entropy
+from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments, Standard, multihead_cross_entropy
 
 
 def choose_heads(
@@ -68,7 +69,11 @@ def _balanced(heads: Sequence[str], generalist: str | None, balance: tuple[float
 
 
 def segments(
-    widths: Sequence[int], weights: Sequence[float], temperature: float = 2.0, kinds: Sequence[str] | None = None
+    widths: Sequence[int],
+    weights: Sequence[float],
+    temperature: float = 2.0,
+    kinds: Sequence[str] | None = None,
+    standards: Sequence[Standard | None] = (),
 ) -> Segments:
     """The segment table of heads that lie side by side."""
     offsets = [sum(widths[:i]) for i in range(len(widths))]
@@ -78,6 +83,7 @@ def segments(
         tuple(weights),
         (float(temperature),) * len(widths),
         tuple(kinds or ["softmax"] * len(widths)),
+        tuple(standards),
     )
 
 
@@ -92,7 +98,8 @@ def loss(
 
     student, teacher: {head: logits [B, C]} with the same heads, or side by side [B, sum C] with a segment table
     (`Loader.segments`, or `objective.segments`) as `weights`. weights: {head: lambda}, by default 1/number of heads.
-    kinds: {head: "sigmoid"} for multi-label teachers.
+    kinds: {head: "sigmoid"} for multi-label teachers, {head: "embedding"} for features, which are taken as they are; the
+    loader's segment table standardises them.
     """
     if isinstance(student, Mapping) != isinstance(teacher, Mapping):
         raise FastconError("student and teacher logits come alike: both as {head: logits} or both side by side")

@@ -63,6 +63,11 @@ class Teacher:
             raise FastconError(
                 f"{self.spec} has several heads ({heads}): choose one, as {self.spec}?head={heads.split(',')[0]}"
             )
+        if self.generalist and self.model.heads[0].kind == "embedding":
+            raise FastconError(
+                f"{self.spec} is an embedding, and the generalist a classifier, whose head is the student's first: give it "
+                f"as a `teacher` {self.name}={self.spec}"
+            )
 
 
 ENLARGED, BLURRED = 2, 1 / 3

@@ -4,7 +4,7 @@ Two measures, of teachers with whatever classes. Linear CKA of their logits (Kor
 Network Representations Revisited", ICML 2019) with the unbiased HSIC (Song et al., "Feature Selection via Dependence
 Maximization", JMLR 2012): 1 for outputs that are equal up to a rotation and a scale, 0 for unrelated ones. And the mutual
 information of their predicted classes, normalised and adjusted for chance (Vinh et al., "Information Theoretic Measures
-for Clusterings Comparison", JMLR 2010).
+for Clusterings Comparison", JMLR 2010). Embeddings predict no classes: they have the first measure only.
 """
 
 from __future__ import annotations
@@ -41,19 +41,21 @@ class Outputs:
     """What a teacher says of a proxy, by itself."""
 
     classes: int
-    information: float
+    """Or features, of an embedding, which has nothing but its consistency."""
+    information: float | None
     """Of the predicted class about the image, as a share of what that many classes could carry: 0 for a constant."""
-    used: float
+    used: float | None
     """Classes that it effectively uses: the perplexity of its mean prediction (of labels: of several, their number)."""
-    confidence: float
+    confidence: float | None
     """Mean probability of its prediction."""
     consistency: float | None
-    """Share of images of which two views are predicted alike; None: too few images are in the sample twice."""
+    """Share of images of which two views are predicted alike (of an embedding: the mean cosine of two views' centred
+    features); None: too few images are in the sample twice."""
 
     @property
     def near_constant(self) -> bool:
         """Whether the proxy does not cover what it was taught."""
-        return self.information < NEAR_CONSTANT
+        return self.information is not None and self.information < NEAR_CONSTANT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Relations:
     rows: int
     cka: NDArray[np.float64]
     shared: NDArray[np.float64]
-    """Adjusted mutual information of predicted classes: 0 by chance, 1 at most."""
+    """Adjusted mutual information of predicted classes: 0 by chance, 1 at most; NaN with an embedding."""
     outputs: dict[str, Outputs]
     domains: list[list[str]]
     """Task-specific teachers, grouped where that has structure: see `domains`."""
@@ -76,7 +78,8 @@ class Relations:
 
     def json(self) -> dict[str, Any]:
         """As it is written into results."""
-        return dataclasses.asdict(self) | {"cka": self.cka.tolist(), "shared": self.shared.tolist()}
+        shared = [[None if np.isnan(value) else value for value in row] for row in self.shared.tolist()]
+        return dataclasses.asdict(self) | {"cka": self.cka.tolist(), "shared": shared}
 
 
 def relate(path: str | os.PathLike[str], rows: int = ROWS) -> Relations:
@@ -90,11 +93,13 @@ def relate(path: str | os.PathLike[str], rows: int = ROWS) -> Relations:
     chunks = np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist()
     logits = {name: _sample(store, name, chunks, rows) for name in names}
     grams = {name: _gram(values, store.teachers[name].kind) for name, values in logits.items()}
-    predicted = {name: values.argmax(1) for name, values in logits.items()}
+    classifies = {name: store.teachers[name].kind != "embedding" for name in names}
+    predicted = {name: values.argmax(1) for name, values in logits.items() if classifies[name]}
     cka, shared = np.eye(len(names)), np.eye(len(names))
     for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
         cka[i, j] = cka[j, i] = similarity(grams[a], grams[b])
-        shared[i, j] = shared[j, i] = _shared(predicted[a], predicted[b])
+        both = classifies[a] and classifies[b]
+        shared[i, j] = shared[j, i] = _shared(predicted[a], predicted[b]) if both else np.nan
     again = _twice(store, chunks) if store.views > 1 else []
     outputs = {name: _outputs(store, name, values, again) for name, values in logits.items()}
     experts = [k for k, name in enumerate(names) if name != store.generalist]
@@ -219,6 +224,12 @@ def _outputs(
 ) -> Outputs:
     teacher = store.teachers[name]
     z = logits.astype(np.float64)
+    if teacher.kind == "embedding":
+        cosines = [
+            _cosines(store.logits(name, 0, first)[rows] - z.mean(0), store.logits(name, 1, second)[others] - z.mean(0))
+            for first, second, rows, others in again
+        ]
+        return Outputs(len(teacher.classes), None, None, None, _mean_over_images(cosines))
     if teacher.kind == "sigmoid":
         p = 1 / (1 + np.exp(-z))
         information = float((_bits(p.mean(0)) - _bits(p).mean(0)).mean() / np.log(2))
@@ -235,9 +246,17 @@ def _outputs(
         store.logits(name, 0, first)[rows].argmax(1) == store.logits(name, 1, second)[others].argmax(1)
         for first, second, rows, others in again
     ]
-    images = sum(map(len, alike))
-    consistency = float(np.concatenate(alike).mean()) if images >= FEWEST else None
+    consistency = _mean_over_images(alike)
     return Outputs(len(teacher.classes), float(information), float(used), float(confidence), consistency)
+
+
+def _mean_over_images(values: Sequence[NDArray[Any]]) -> float | None:
+    return float(np.concatenate(values).mean()) if sum(map(len, values)) >= FEWEST else None
+
+
+def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of every row of `a` with that of `b`."""
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
 def _bits(p: NDArray[np.float64]) -> NDArray[np.float64]:

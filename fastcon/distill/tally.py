@@ -1,8 +1,10 @@
-"""Rows of metrics: sums of each head's loss, KL and agreement, kept on the device until they are written."""
+"""Rows of metrics: sums of each head's loss, KL and agreement (of an embedding loss, error and cosine), kept on the
+device until they are written."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,23 +12,26 @@ from torch import Tensor
 
 from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import MultiHeadLoss
+from fastcon.models.classifier import Head
 from fastcon.ranks import Ranks
 
 LABELS_HEAD = "labels"
 METRICS = ("loss", "kl", "agreement")
+OF_EMBEDDINGS = ("loss", "r2", "cosine")
 
 
 class Tally:
-    """Sums of each head's loss, KL and agreement, on the device, from one row of metrics to the next."""
+    """Sums of each head's three measures, on the device, from one row of metrics to the next."""
 
-    def __init__(self, names: list[str], device: torch.device, ranks: Ranks | None = None) -> None:
-        self._names, self._ranks = names, ranks or Ranks(0, 1)
-        self._sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)
+    def __init__(self, heads: Sequence[Head], device: torch.device, ranks: Ranks | None = None) -> None:
+        """heads: the student's; of one for labels there is only its loss."""
+        self._heads, self._ranks = heads, ranks or Ranks(0, 1)
+        self._sums = torch.zeros(3, len(heads), dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._rows = 0
         self._batches = 0
 
-    def add(self, result: MultiHeadLoss, weights: list[float], supervised: Tensor | None) -> None:
+    def add(self, result: MultiHeadLoss, supervised: Tensor | None) -> None:
         """Add a batch: the heads' losses, and the supervised one where there is a head for labels."""
         parts = torch.stack([result.losses, result.losses - result.entropies, result.agreement]).sum(1).detach()
         self._sums[:, : parts.shape[1]] += parts
@@ -47,7 +52,7 @@ class Tally:
         host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=sums.is_cuda)
         host.copy_(sums, non_blocking=True)
         event = torch.cuda.current_stream(sums.device).record_event() if sums.is_cuda else None
-        taken = Taken(about, self._names, host, event, self._rows, self._batches)
+        taken = Taken(about, self._heads, host, event, self._rows, self._batches)
         if reset:
             self._sums.zero_()
             self._loss.zero_()
@@ -71,7 +76,7 @@ class Taken(NamedTuple):
     """The sums of a row of metrics, on their way from the device or arrived."""
 
     about: dict[str, Any]
-    names: list[str]
+    student_heads: Sequence[Head]
     sums: Tensor
     event: torch.cuda.Event | None
     images: int
@@ -85,9 +90,9 @@ class Taken(NamedTuple):
         """The row: means over the images and, for the loss, over the batches. Waits if necessary."""
         *sums, loss = self._values()
         heads = {}
-        for k, name in enumerate(self.names):
-            means = [value / self.images for value in sums[k :: len(self.names)]]
-            heads[name] = {"loss": means[0]} if name == LABELS_HEAD else dict(zip(METRICS, means, strict=True))
+        for k, head in enumerate(self.student_heads):
+            means = [value / self.images for value in sums[k :: len(self.student_heads)]]
+            heads[head.name] = _measures(head, means)
         about = dict(self.about)
         position = {key: about.pop(key) for key in ("step", "epoch")}
         return {**position, "images": self.images, "loss": loss / self.batches, "heads": heads, **about}
@@ -97,7 +102,8 @@ class Taken(NamedTuple):
         *sums, loss = self._values()
         if math.isfinite(loss):
             return
-        head = next((name for name, value in zip(self.names, sums, strict=False) if not math.isfinite(value)), "?")
+        losses = zip(self.student_heads, sums, strict=False)
+        head = next((head.name for head, value in losses if not math.isfinite(value)), "?")
         raise FastconError(
             f"the loss is {loss} at step {self.about['step']} (first at head {head!r}); the last good checkpoint is in "
             f"{out}/checkpoints: use another `out` with lower learning rates or `precision` float32"
@@ -107,3 +113,13 @@ class Taken(NamedTuple):
         if self.event is not None:
             self.event.synchronize()
         return self.sums.tolist()
+
+
+def _measures(head: Head, means: list[float]) -> dict[str, float]:
+    """Name → mean over the images; of an embedding's standardised features R^2 is 1 less their squared error."""
+    if head.name == LABELS_HEAD:
+        return {"loss": means[0]}
+    if head.kind == "embedding":
+        loss, error, cosine = means
+        return dict(zip(OF_EMBEDDINGS, (loss, 1 - error, cosine), strict=True))
+    return dict(zip(METRICS, means, strict=True))

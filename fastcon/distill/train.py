@@ -23,7 +23,7 @@ from fastcon.distill import student as students
 from fastcon.distill.loader import Batch, Loader
 from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.schedule import Schedule
-from fastcon.distill.tally import LABELS_HEAD, Taken, Tally
+from fastcon.distill.tally import Taken, Tally
 from fastcon.errors import FastconError, Interrupted, optional_import
 from fastcon.files import write_atomically
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
@@ -84,13 +84,12 @@ def train(
     if options.sync_bn:
         student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     student.on(device).learn(options.batch_norm, options.dropout)
-    widths, kinds = zip(*((len(head.classes), head.kind) for head in student.heads[: len(names)]), strict=True)
-    segments = objective.segments(widths, weights, options.temperature, kinds)
+    segments = loader.table(weights)
     how = options.optimisation
     rates = how.lr_backbone, how.lr_heads
     optimizer = make_optimizer(student, *rates, options.momentum, how.weight_decay, how.adamw)
     loop = Loop(student, optimizer, machine, run.checkpoints, 60 * upkeep.checkpoint_minutes, ranks, how.clip, how.ema)
-    tally = Tally(names + ([LABELS_HEAD] if options.labels else []), device, ranks)
+    tally = Tally(student.heads, device, ranks)
     steps = loader.schedule.steps
     total = steps * options.epochs
 
@@ -123,7 +122,7 @@ def train(
                     logits = forward(batch.pixels)
                 result, supervised = _losses(logits, batch, segments, options.labels)
                 loop.update(result.total if supervised is None else result.total + supervised)
-            tally.add(result, weights, supervised)
+            tally.add(result, supervised)
             housekeeping = time.perf_counter()
             ends = loop.step % steps == 0
             if ends or loop.step % upkeep.log_every == 0:
@@ -275,6 +274,7 @@ def _loader(
         loader=machine.loader,
         threads=machine.threads,
         exact_pixels=upkeep.exact_pixels,
+        temperature=options.temperature,
         rank=(ranks.number, ranks.count),
     )
     for warning in (loader.warning, rough_temperature(store, names, options.temperature)):

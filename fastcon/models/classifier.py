@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from fastcon.errors import FastconError
 from fastcon.models.sizes import resize
 
-NO_CLASSIFIER = "a MODEL is a classifier, whose last layer makes one logit per class"
+NO_CLASSIFIER = "a MODEL is a classifier, whose last layer makes one logit per class (or ?kind=embedding: its features)"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head: its name, its class names, and "softmax" or "sigmoid" (multi-label)."""
+    """A head: its name, its class names, and "softmax", "sigmoid" (multi-label) or "embedding" (features for classes)."""
 
     name: str
     classes: tuple[str, ...]
@@ -80,18 +80,26 @@ class Classifier(nn.Module):
         self.register_buffer("_shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits of all heads, side by side, for uint8 pixels [B, 3, H, W]."""
-        return self.net(pixels.float() * self._scale + self._shift)
+        """Logits of all heads, side by side, for uint8 pixels [B, 3, H, W]; of an embedding its features."""
+        out = self.net(pixels.float() * self._scale + self._shift)
+        if not self.head_module.bypass:
+            return out
+        return out.float().mean(dim=(2, 3)) if out.ndim == 4 else out.float()
 
     def features(self, pixels: Tensor) -> Tensor:
         """The input of the heads: float32 [B, D] (a feature map is averaged over its positions)."""
         module = self.head_module
-        module.bypass = True
+        before, module.bypass = module.bypass, True
         try:
-            out = self.forward(pixels)
+            return self.forward(pixels)
         finally:
-            module.bypass = False
-        return out.float().mean(dim=(2, 3)) if out.ndim == 4 else out.float()
+            module.bypass = before
+
+    def embed(self) -> None:
+        """Return features instead of logits from now on: one head of kind "embedding", one class for each of them."""
+        names = tuple(f"feature {k}" for k in range(self.feature_size))
+        self.head_module.bypass = True
+        self.heads = [Head(self.heads[0].name, names, "embedding")]
 
     def on(self, device: torch.device) -> Classifier:
         """Moved to a device, in channels-last memory."""
@@ -151,6 +159,8 @@ class Classifier(nn.Module):
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         if shape != expected or not isinstance(out, Tensor):
             raise FastconError(f"{origin} returns {shape}, not logits of shape {expected}: {NO_CLASSIFIER}")
+        if self.head_module.bypass:
+            return
         linear = isinstance(self.head_module.layer, nn.Linear)
         if not outputs or (linear and not torch.equal(outputs[-1].reshape(-1), out.float().reshape(-1))):
             raise FastconError(

@@ -3,7 +3,8 @@
     torchvision:resnet50@IMAGENET1K_V2 · torchvision:resnet18@weights.safetensors · torchvision:resnet18@random
     timm:NAME@pretrained|weights|random · python:module:factory[@weights] · weights.safetensors with metadata · a RUN
     options after '?': ?size=64&mean=0.5,0.5,0.5&std=0.2,0.2,0.2&seed=1 (of random weights)
-        &head=NAME (one of a run's) &kind=sigmoid (a multi-label classifier)
+        &head=NAME (one of a run's) &kind=sigmoid (a multi-label classifier) &kind=embedding (the features its last layer
+        is given; of python: what the network returns)
 
 Weights are read as safetensors or with weights_only=True.
 """
@@ -26,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from fastcon.errors import FastconError, optional_import
+from fastcon.errors import FastconError, one_line, optional_import
+from fastcon.kernels.multihead_ce import KINDS
 from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, NO_CLASSIFIER, Classifier, Head, head_path
 from fastcon.models.sizes import resize
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS
@@ -49,10 +51,13 @@ def load(
         raise FastconError(
             f"{text}: unknown option {sorted(unknown)[0]!r}; there are size, mean, std, seed, head and kind"
         )
+    embedding = options.get("kind") == "embedding"
     if Path(path).is_dir():
-        model = _load_run(Path(path), options)
+        model = _load_run(Path(path), {} if embedding else options)
         if "head" in options:
             model.keep_head(options["head"])
+        if embedding:
+            model.embed()
         return model
     if path.endswith(".safetensors") and ":" not in path.split("/")[0]:
         if not Path(path).is_file():
@@ -63,7 +68,7 @@ def load(
     if not (weights or untrained or architecture.startswith("python:")):
         raise FastconError(f"{text} names no weights: {_ways_to_weights(architecture)}")
     state, meta = _weights(architecture, weights)
-    if untrained and meta.get("pretrained"):
+    if (untrained or embedding) and meta.get("pretrained"):
         meta["pretrained"] = "backbone"
     return _assemble(architecture, state, meta, options, size, classes, text)
 
@@ -290,10 +295,14 @@ def _assemble(
             net = build(architecture, len(classes) if classes else 1000)
     settings = dict(meta) | dict(options)
     side = _size(settings.get("size"), size, origin)
-    path = head_path(net, origin)
+    embedding = options.get("kind") == "embedding"
+    whole = embedding and architecture.startswith("python:")  # what it returns is the embedding: it has no head
+    path = "" if whole else head_path(net, origin)
     if state is not None:
-        net = _load_state(net, path, architecture, state, int(meta.get("size", side)), origin)
+        net = _load_state(net, path, architecture, state, int(meta.get("size", side)), origin, headless=embedding)
     resize(net, side, origin)
+    if whole:
+        net, meta, path = _with_a_head(net, side, origin), {}, "1"
     outputs = _outputs(net, path)
     names = tuple(json.loads(meta["classes"])) if "classes" in meta else tuple(classes or ())
     if len(names) != outputs:
@@ -303,7 +312,9 @@ def _assemble(
     std = _triple(settings.get("std"), IMAGENET_STD, origin)
     if min(std) <= 0:
         raise FastconError(f"{origin}: std={settings['std']} must be above 0")
-    head = Head(meta.get("head", "head"), names, _kind(settings.get("kind", "softmax"), origin))
+    head = Head(
+        meta.get("head", "head"), names, "softmax" if embedding else _kind(settings.get("kind", "softmax"), origin)
+    )
     model = Classifier(
         net,
         [head],
@@ -312,12 +323,29 @@ def _assemble(
         mean=_triple(settings.get("mean"), IMAGENET_MEAN, origin),
         std=std,
     ).eval()
+    if embedding:
+        model.embed()
     model.try_once(origin)
     return model
 
 
-def _load_state(net: nn.Module, path: str, architecture: str, state: State, side: int, origin: str) -> nn.Module:
-    """The network with a state dict loaded, which belongs to images of `side` pixels."""
+def _with_a_head(net: nn.Module, side: int, origin: str) -> nn.Module:
+    """A network of embeddings with a layer after it, to be what its features are the input of."""
+    try:
+        with torch.no_grad():
+            out = net.eval()(torch.zeros(1, 3, side, side))
+    except Exception as error:
+        raise FastconError(f"{origin} does not run on images of {side} px ({one_line(error)})") from error
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 1:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise FastconError(f"{origin} returns {shape} for an image, not an embedding [1, D]")
+    return nn.Sequential(net, nn.Linear(out.shape[1], 1))
+
+
+def _load_state(
+    net: nn.Module, path: str, architecture: str, state: State, side: int, origin: str, headless: bool = False
+) -> nn.Module:
+    """The network with a state dict loaded, which belongs to images of `side` pixels; headless: it may lack the head."""
     weight = state.get(f"{path}.weight")
     if weight is not None and weight.shape[0] != _outputs(net, path):
         net = build(architecture, weight.shape[0])
@@ -326,7 +354,8 @@ def _load_state(net: nn.Module, path: str, architecture: str, state: State, side
     expected = net.state_dict()
     state = {k: v for k, v in state.items() if k in expected or not k.startswith(("aux", "AuxLogits"))}
     state = {k: v for k, v in state.items() if k in expected or not k.endswith("num_batches_tracked")}
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    optional = {f"{path}.weight", f"{path}.bias"} if headless else set()
+    missing = [k for k in expected if k not in state and k not in optional and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in expected]
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
@@ -389,8 +418,8 @@ def _whole(text: str, what: str, origin: str) -> int:
 
 
 def _kind(text: str, origin: str) -> str:
-    if text not in ("softmax", "sigmoid"):
-        raise FastconError(f"{origin}: kind={text} is neither softmax nor sigmoid")
+    if text not in KINDS:
+        raise FastconError(f"{origin}: kind={text} is none of {', '.join(KINDS)}")
     return text
 
 

@@ -86,17 +86,19 @@ def _legend(axes: Any, tasks: list[str]) -> None:
 
 
 def curves(runs: list[Trained]) -> Any | None:
-    """KL(teacher || student) of each head over the steps, a panel a run."""
-    shown = [run for run in runs if any("kl" in head for row in run.metrics for head in row["heads"].values())]
+    """KL(teacher || student) of each head over the steps, a panel a run; of an embedding 1 - R^2."""
+    shown = [run for run in runs if any(map(_apart, (h for row in run.metrics for h in row["heads"].values())))]
     if not shown:
         return None
     figure, axes = _axes(8.5, 2.6 * -(-len(shown) // 2), rows=-(-len(shown) // 2), columns=min(2, len(shown)))
     panels = [axes] if len(shown) == 1 else list(axes.flat)
     for panel, run in zip(panels, shown, strict=False):
-        heads = [name for name, head in run.metrics[-1]["heads"].items() if "kl" in head]
+        last = run.metrics[-1]["heads"]
+        heads = [name for name, head in last.items() if _apart(head) is not None]
         for k, name in enumerate(heads):
-            points = [(row["step"], row["heads"][name]["kl"]) for row in run.metrics if name in row["heads"]]
-            panel.plot(*zip(*points, strict=True), _DASHES[k % 4], color=(UNRELATED, RELATED)[k % 2], label=_text(name))
+            label = _text(name) + (" (1 − R²)" if "r2" in last[name] else "")
+            points = [(row["step"], _apart(row["heads"][name])) for row in run.metrics if name in row["heads"]]
+            panel.plot(*zip(*points, strict=True), _DASHES[k % 4], color=(UNRELATED, RELATED)[k % 2], label=label)
         panel.set_title(_text(run.label), fontsize=10)
         panel.set_xlabel("step")
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -108,6 +110,11 @@ def curves(runs: list[Trained]) -> Any | None:
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     return figure
+
+
+def _apart(head: dict[str, float]) -> float | None:
+    """How far a student's head is from its teacher; None of a head for labels."""
+    return 1 - head["r2"] if "r2" in head else head.get("kl")
 
 
 def costs(results: Results) -> Any | None:

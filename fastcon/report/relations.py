@@ -15,15 +15,15 @@ def text(found: Relations) -> str:
     """A screen of it."""
     width = max(map(len, found.names))
     lines = [f"{found.store}: {len(found.names)} teachers compared on {found.rows:,} rows", ""]
-    lines += ["CKA of logits; in brackets what their predicted classes share (1: the same, 0: as by chance)"]
+    lines += ["CKA of outputs; in brackets what their predicted classes share (1: the same, 0: as by chance)"]
     for i, name in enumerate(found.names):
-        cells = [f"{found.cka[i, j]:.2f} ({found.shared[i, j]:.2f})" if j < i else "" for j in range(i)]
+        cells = [f"{found.cka[i, j]:.2f} ({_two(found.shared[i, j])})" for j in range(i)]
         lines.append(f"  {name:{width}}  {'  '.join(cells)}".rstrip())
     lines += ["", f"  {'':{width}}  classes  used  information  confidence  consistency"]
     for name, out in found.outputs.items():
         lines.append(
-            f"  {name:{width}}  {out.classes:7}  {out.used:4.0f}  {out.information:11.0%}  {out.confidence:10.0%}  "
-            f"{_percent(out.consistency):>11}"
+            f"  {name:{width}}  {out.classes:7}  {_whole(out.used):>4}  {_percent(out.information):>11}  "
+            f"{_percent(out.confidence):>10}  {_percent(out.consistency):>11}"
         )
     return "\n".join([*lines, "", *conclusions(found)])
 
@@ -54,10 +54,10 @@ def section(found: Relations) -> str:
     rows = "".join(_row(name, out) for name, out in found.outputs.items())
     says = "".join(f"<li>{html.escape(line)}</li>" for line in conclusions(found))
     legend = (
-        "CKA: 1 for logits that are equal up to a rotation and a scale, 0 for unrelated ones. Distance in the tree: 1 less "
+        "CKA: 1 for outputs that are equal up to a rotation and a scale, 0 for unrelated ones. Distance in the tree: 1 less "
         "the correlation of two rows. Used: classes that a teacher "
         "effectively predicts. Information: of its prediction about the image, as a share of what its classes could carry. "
-        "Consistency: of two views of an image."
+        "Consistency: of two views of an image. Embeddings predict no class; their consistency is a cosine."
     )
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table><p>{legend}</p><ul>{says}</ul>"
 
@@ -105,12 +105,20 @@ def _row(name: str, out: Outputs) -> str:
     cells = (
         html.escape(name),
         str(out.classes),
-        f"{out.used:.0f}",
-        f"{out.information:.0%}",
-        f"{out.confidence:.0%}",
+        _whole(out.used),
+        _percent(out.information),
+        _percent(out.confidence),
         _percent(out.consistency),
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _two(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _percent(value: float | None) -> str:

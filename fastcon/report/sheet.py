@@ -39,6 +39,8 @@ def _says(store: Store, name: str, row: int) -> str:
     teacher = store.teachers[name]
     if not store.done(name)[0, chunk]:
         return f"<b>{html.escape(name)}</b>: not computed yet"
+    if teacher.kind == "embedding":
+        return f"<b>{html.escape(name)}</b>: {len(teacher.classes):,} features"
     classes, probabilities = top(store.logits(name, 0, chunk)[inside], teacher.kind)
     words = ", ".join(f"{html.escape(teacher.classes[c])} {p:.0%}" for c, p in zip(classes, probabilities, strict=True))
     return f"<b>{html.escape(name)}</b>: {words}"

@@ -151,8 +151,9 @@ class TopK(Codec):
 
 def check_kind(name: str, kind: str, teacher: str) -> None:
     """Raise FastconError where a codec cannot hold a teacher's kind of head."""
-    if isinstance(codec(name), TopK) and kind == "sigmoid":
+    other = {"sigmoid": "multi-label", "embedding": "an embedding"}.get(kind)
+    if isinstance(codec(name), TopK) and other:
         raise FastconError(
-            f"`logits` {name} keeps the largest classes of a softmax, and teacher {teacher!r} is multi-label: "
+            f"`logits` {name} keeps the largest classes of a softmax, and teacher {teacher!r} is {other}: "
             "store it with `logits` float16 or uint8"
         )
