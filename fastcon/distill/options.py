@@ -16,6 +16,8 @@ METHODS = ("consolidate", "traditional", "soft-label")
 """All heads, the paper's method; the teachers' heads alone; the generalist's alone."""
 BATCH_NORMS = ("auto", "running", "batch")
 """Which statistics batch-norms are trained on: see `models.classifier.Classifier.learn`."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""See `trackers`."""
 
 
 def parse_balance(text: str) -> tuple[float, float]:
@@ -39,6 +41,14 @@ def parse_weight(text: str) -> tuple[str, float]:
     if not name or not 0 < weight < math.inf:
         raise ValueError("is not NAME=λ with λ above 0, as birds=0.5")
     return name, weight
+
+
+def parse_trackers(text: str) -> tuple[str, ...]:
+    """ "wandb,tensorboard" → their names. Raises ValueError."""
+    chosen = names(text)
+    if not chosen or not set(chosen) <= set(TRACKERS):
+        raise ValueError(f"is none of {', '.join(TRACKERS)}, nor several separated by commas")
+    return tuple(dict.fromkeys(chosen))
 
 
 def parse_part(text: str) -> tuple[int, ...]:
@@ -215,6 +225,8 @@ class Upkeep(Options):
     exact_pixels: bool = option(False, "Refuse images that decode to any other pixel than recorded.")
     log_every: int = option(100, "Steps between rows of metrics.jsonl.", low=1)
     checkpoint_minutes: float = option(5.0, "Time between checkpoints.", low=0)
-    tensorboard: bool = option(False, "Write TensorBoard events too (extra).")
+    track: tuple[str, ...] = option(
+        (), "Send metrics to tensorboard, wandb or mlflow, too (extras; NAME,… for several).", parse=parse_trackers
+    )
     advise_seconds: float = 60.0
     """Runs that take longer end by measuring what would make their steps faster."""

@@ -24,7 +24,7 @@ from fastcon.distill.loader import Batch, Loader
 from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.schedule import Schedule
 from fastcon.distill.tally import Taken, Tally
-from fastcon.errors import FastconError, Interrupted, optional_import
+from fastcon.errors import FastconError, Interrupted
 from fastcon.files import write_atomically
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
 from fastcon.machine import Machine
@@ -35,6 +35,7 @@ from fastcon.store.codec import TopK
 from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.reader import Stored
+from fastcon.trackers import tracker
 from fastcon.training import Loop, compiled, make_optimizer, newest, set_rate, settle
 
 RESULT = RUN_WEIGHTS[0]
@@ -97,7 +98,7 @@ def train(
     if saved is not None:
         tally.load(saved["tally"])
         say(f"resuming {out} at step {loop.step} of {total}")
-    rows = Rows(run, total, loop.step, saved["metrics"] if saved else 0, upkeep.tensorboard, ranks.first)
+    rows = Rows(run, total, loop.step, saved["metrics"] if saved else 0, upkeep.track, ranks.first)
     if begun:
         rows.put(begun.row())
     forward = compiled(ranks.parallel(student, buffers=options.batch_norm == "batch"), upkeep.compile)
@@ -205,16 +206,18 @@ def _prepared(
 
 
 class Rows:
-    """The rows of metrics.jsonl, of run.log and of TensorBoard, each written when its sums have come from the device."""
+    """The rows of metrics.jsonl, of run.log and of trackers, each written when its sums have come from the device."""
 
-    def __init__(self, run: Run, total: int, step: int, position: int, tensorboard: bool, writes: bool) -> None:
+    def __init__(
+        self, run: Run, total: int, step: int, position: int, track: Sequence[str], writes: bool
+    ) -> None:
         """writes: whether anything is written, which the first rank does for all."""
         self._metrics = Metrics(run.path / "metrics.jsonl", position) if writes else None
         self.taken: Taken | None = None
         """The row in transit."""
         self.last: dict[str, Any] = {}
         self._run, self._total, self._logged = run, total, time.monotonic()
-        self._board = _tensorboard(run, step) if tensorboard and writes else None
+        self._trackers = [tracker(name, run, step) for name in track] if writes else []
 
     @property
     def position(self) -> int:
@@ -225,6 +228,8 @@ class Rows:
         """Write a row of metrics."""
         if self._metrics:
             self._metrics.write(row)
+        for each in self._trackers:
+            each.write(row)
 
     def write(self, wait: bool) -> None:
         """Write the row that was last taken, if it has arrived or is waited for. Raises FastconError for a loss of NaN."""
@@ -240,15 +245,13 @@ class Rows:
         rate = row["images"] / (now - self._logged)
         self._run.log(f"step {row['step']}/{self._total} loss {row['loss']:.4f} {rate:.0f} img/s")
         self._logged = now
-        if self._board:
-            _write_board(self._board, row)
 
     def close(self) -> None:
         """Close the files."""
         if self._metrics:
             self._metrics.close()
-        if self._board:
-            self._board.close()
+        for each in self._trackers:
+            each.close()
 
 
 def _loader(
@@ -347,17 +350,3 @@ def _lineage(store: Stored, path: str, names: list[str]) -> dict[str, Any]:
 
     teachers = {name: of(name) for name in names if name != store.generalist}
     return {"proxy": os.path.basename(path.rstrip("/")), "teachers": teachers}
-
-
-def _tensorboard(run: Run, step: int) -> Any:
-    optional_import("tensorboard", "tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.path / "tensorboard"), purge_step=step)
-
-
-def _write_board(board: Any, row: dict[str, Any]) -> None:
-    board.add_scalar("loss", row["loss"], row["step"])
-    for name, head in row["heads"].items():
-        for key, value in head.items():
-            board.add_scalar(f"{name}/{key}", value, row["step"])
