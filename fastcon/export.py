@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcon.distill.loss import head_weights
+from fastcon.distill.options import AUTO
 from fastcon.errors import FastconError, one_line, optional_import
 from fastcon.files import write_atomically, write_json
 from fastcon.models.classifier import Classifier
@@ -179,7 +180,7 @@ def _heads(config: dict[str, Any], model: Classifier) -> str:
     digests, taught = store.get("teachers", {}), config.get("lineage", {}).get("teachers", {})
     weights = {}
     if digests:
-        given = [(name, value) for name, value in config["weight"] or []]
+        given = [tuple(pair) for pair in config["weight"] or [] if pair != AUTO]
         weights = dict(
             zip(digests, head_weights(list(digests), store["generalist"], config["balance"], given), strict=True)
         )

@@ -117,7 +117,8 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     )
     values = {key: config[key] for key in shown if config.get(key) is not None}
     if "weight" in values:
-        values["weight"] = " ".join(f"{name}={value:g}" for name, value in values["weight"])
+        pairs = [pair if isinstance(pair, str) else f"{pair[0]}={pair[1]:g}" for pair in values["weight"]]
+        values["weight"] = " ".join(pairs)
     lines.append("  " + ", ".join(f"{key} {value}" for key, value in values.items()))
     if rows and rows[0].get("step") == 0:
         [(name, head)] = rows[0]["heads"].items()

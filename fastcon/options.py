@@ -58,6 +58,8 @@ class Options:
             if isinstance(value, str) and rule.parse is not None and not rule.many:
                 value = _parsed(name, value, rule)
                 object.__setattr__(self, name, value)
+            if rule.many and isinstance(value, str):
+                value = (value,)
             if rule.many and isinstance(value, Mapping):
                 value = tuple(value.items())
                 object.__setattr__(self, name, value)

@@ -97,6 +97,7 @@ def records(data):
 def test_wandb(store_path, tmp_path):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
+
     expected = interrupted(store_path, tmp_path / "run", "wandb")
     seen, names = {}, set()
     for file in sorted((tmp_path / "run" / "wandb").glob("*/*.wandb")):
@@ -123,10 +124,23 @@ def test_several_by_the_command_line(store_path, tmp_path):
     out = tmp_path / "run"
     told = CliRunner().invoke(
         main,
-        ["train", "--store", str(store_path), "--out", str(out), "--epochs", "1", "--device", "cpu", "--track", "tensorboard,mlflow"],
+        [
+            "train",
+            "--store",
+            str(store_path),
+            "--out",
+            str(out),
+            "--epochs",
+            "1",
+            "--device",
+            "cpu",
+            "--track",
+            "tensorboard,mlflow",
+        ],
     )
     assert told.exit_code == 0, told.output
-    assert (out / "tensorboard").is_dir() and (out / "mlflow.id").exists()
+    assert (out / "tensorboard").is_dir()
+    assert (out / "mlflow.id").exists()
 
 
 def test_what_it_cannot_be(store_path, tmp_path, monkeypatch):

@@ -44,18 +44,20 @@ def head_weights(
     heads: Sequence[str],
     generalist: str | None,
     balance: tuple[float, float] = (1, 1),
-    given: Sequence[tuple[str, float]] = (),
+    given: Sequence[tuple[str, float] | str] = (),
 ) -> list[float]:
     """lambda of each head. balance (old, new): lambda_0 = 2 old / (old + new), lambda_i = 2 new / ((old + new) N).
 
     N counts the task-specific heads in use. Without a generalist's head every task weighs 1/N, without a task the
-    generalist weighs 1. given: the lambda of some heads, whatever the balance; the others keep theirs. Raises UsageError.
+    generalist weighs 1. given: the lambda of some heads, whatever the balance; the others keep theirs ("auto" among them
+    only says where they are from). Raises UsageError.
     """
-    named = dict(given)
+    pairs = [pair for pair in given if not isinstance(pair, str)]
+    named = dict(pairs)
     unknown = next((name for name in named if name not in heads), None)
     if unknown is not None:
         raise UsageError(f"`weight` names {unknown!r}, and this student's heads are {', '.join(heads)}")
-    if len(named) < len(given):
+    if len(named) < len(pairs):
         raise UsageError("`weight` gives a head two weights")
     return [named.get(name, weight) for name, weight in zip(heads, _balanced(heads, generalist, balance), strict=True)]
 

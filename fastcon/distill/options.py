@@ -16,6 +16,8 @@ METHODS = ("consolidate", "traditional", "soft-label")
 """All heads, the paper's method; the teachers' heads alone; the generalist's alone."""
 BATCH_NORMS = ("auto", "running", "batch")
 """Which statistics batch-norms are trained on: see `models.classifier.Classifier.learn`."""
+AUTO = "auto"
+"""The weight of teachers that is found by `reliability`."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """See `trackers`."""
 
@@ -31,15 +33,17 @@ def parse_balance(text: str) -> tuple[float, float]:
     return old, new
 
 
-def parse_weight(text: str) -> tuple[str, float]:
-    """ "NAME=λ" → the head and its weight. Raises ValueError."""
+def parse_weight(text: str) -> tuple[str, float] | str:
+    """ "NAME=λ" → the head and its weight; "auto" stays. Raises ValueError."""
+    if text == AUTO:
+        return text
     name, _, number = text.rpartition("=")
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not name or not 0 < weight < math.inf:
-        raise ValueError("is not NAME=λ with λ above 0, as birds=0.5")
+        raise ValueError("is neither NAME=λ with λ above 0, as birds=0.5, nor auto")
     return name, weight
 
 
@@ -144,9 +148,9 @@ class TrainOptions(Options):
     balance: tuple[float, float] = option(
         (1.0, 1.0), "OLD:NEW weight of the generalist against the teachers.", parse=parse_balance, text="1:1"
     )
-    weight: tuple[tuple[str, float], ...] = option(
+    weight: tuple[tuple[str, float] | str, ...] = option(
         (),
-        "NAME=λ, the weight of one head, instead of what --balance gives it (repeatable).",
+        "NAME=λ, the weight of one head, instead of what --balance gives it (repeatable); auto: by how reliable teachers are.",
         parse=parse_weight,
         many=True,
     )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcon.distill.reliability import shared_information
 from fastcon.errors import FastconError
 from fastcon.store.parts import opened
 from fastcon.store.reader import Stored
@@ -51,6 +52,8 @@ class Outputs:
     consistency: float | None
     """Share of images of which two views are predicted alike (of an embedding: the mean cosine of two views' centred
     features); None: too few images are in the sample twice."""
+    steady: float | None = None
+    """Nats that predictions of two views of an image share: see `reliability`. None of one view, and of an embedding."""
 
     @property
     def near_constant(self) -> bool:
@@ -89,7 +92,7 @@ def relate(path: str | os.PathLike[str], rows: int = ROWS) -> Relations:
     if len(names) < 2:
         raise FastconError(f"{store.path} has {len(names)} teacher: there is nothing to compare")
     for name in names:
-        store.require(name, 1)
+        store.require(name, min(store.views, 2))
     chunks = np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist()
     logits = {name: _sample(store, name, chunks, rows) for name in names}
     grams = {name: _gram(values, store.teachers[name].kind) for name, values in logits.items()}
@@ -102,6 +105,9 @@ def relate(path: str | os.PathLike[str], rows: int = ROWS) -> Relations:
         shared[i, j] = shared[j, i] = _shared(predicted[a], predicted[b]) if both else np.nan
     again = _twice(store, chunks) if store.views > 1 else []
     outputs = {name: _outputs(store, name, values, again) for name, values in logits.items()}
+    if store.views > 1:
+        for name in predicted:
+            outputs[name] = dataclasses.replace(outputs[name], steady=shared_information(store, name))
     experts = [k for k, name in enumerate(names) if name != store.generalist]
     groups, silhouette = domains(cka[np.ix_(experts, experts)])
     grouped = [[names[experts[k]] for k in group] for group in groups]

@@ -22,6 +22,7 @@ from fastcon.distill import loss as objective
 from fastcon.distill import student as students
 from fastcon.distill.loader import Batch, Loader
 from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.reliability import resolved
 from fastcon.distill.schedule import Schedule
 from fastcon.distill.tally import Taken, Tally
 from fastcon.errors import FastconError, Interrupted
@@ -190,6 +191,7 @@ def _prepared(
     with ranks.agreeing(in_turn=True):
         options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
         names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+        options = resolved(store, names, options)
         weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
         config: dict[str, Any] = {"command": "train", "store": _identity(store, names)}
         config |= {**options.record(), "precision": precision, "lineage": _lineage(store, store_path, names)}
@@ -208,9 +210,7 @@ def _prepared(
 class Rows:
     """The rows of metrics.jsonl, of run.log and of trackers, each written when its sums have come from the device."""
 
-    def __init__(
-        self, run: Run, total: int, step: int, position: int, track: Sequence[str], writes: bool
-    ) -> None:
+    def __init__(self, run: Run, total: int, step: int, position: int, track: Sequence[str], writes: bool) -> None:
         """writes: whether anything is written, which the first rank does for all."""
         self._metrics = Metrics(run.path / "metrics.jsonl", position) if writes else None
         self.taken: Taken | None = None
@@ -293,6 +293,7 @@ def _loader(
 def estimate(store: Stored, options: TrainOptions) -> dict[str, Any]:
     """What a run would do: steps, images left out of each epoch, bytes of logits read, and the weight of each head."""
     names = objective.choose_heads(options.method, list(store.teachers), store.generalist, options.heads)
+    options = resolved(store, names, options)
     weights = objective.head_weights(names, store.generalist, options.balance, options.weight)
     lanes, views = options.lanes or 1, options.views or store.views
     schedule = Schedule(store.rows, views, store.recipe.chunk_rows, options.batch_size, lanes, options.seed)

@@ -70,7 +70,8 @@ def _recipe(config: dict[str, Any]) -> str:
     options = {key: value for key, value in options.items() if value is not None or key not in _LATER}
     if "store" in config:
         options["store"] = [config["store"]["recipe"], config["store"]["views"]]
-        options["weight"] = [weight for _, weight in config.get("weight") or []]
+        given = config.get("weight") or []
+        options["weight"] = "auto" if "auto" in given else [weight for _, weight in given]
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
 
 

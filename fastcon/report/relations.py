@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcon.distill.relate import NEAR_CONSTANT, REDUNDANT, Outputs, Relations, linkage
+from fastcon.distill.reliability import NOTHING
 
 
 def text(found: Relations) -> str:
@@ -19,11 +20,11 @@ def text(found: Relations) -> str:
     for i, name in enumerate(found.names):
         cells = [f"{found.cka[i, j]:.2f} ({_two(found.shared[i, j])})" for j in range(i)]
         lines.append(f"  {name:{width}}  {'  '.join(cells)}".rstrip())
-    lines += ["", f"  {'':{width}}  classes  used  information  confidence  consistency"]
+    lines += ["", f"  {'':{width}}  classes  used  information  confidence  consistency  steady"]
     for name, out in found.outputs.items():
         lines.append(
             f"  {name:{width}}  {out.classes:7}  {_whole(out.used):>4}  {_percent(out.information):>11}  "
-            f"{_percent(out.confidence):>10}  {_percent(out.consistency):>11}"
+            f"{_percent(out.confidence):>10}  {_percent(out.consistency):>11}  {_two(out.steady):>6}"
         )
     return "\n".join([*lines, "", *conclusions(found)])
 
@@ -40,6 +41,15 @@ def conclusions(found: Relations) -> list[str]:
                 f"not covered: {name} says nearly the same of every image (information below {NEAR_CONSTANT:.0%}): the proxy "
                 "has little of what it was taught"
             )
+    steady = {name: out.steady for name, out in found.outputs.items() if out.steady is not None}
+    steady.pop(found.generalist or "", None)
+    middle = float(np.median(list(steady.values()))) if steady else 0.0
+    for name, value in steady.items():
+        if value < NOTHING * middle:
+            lines.append(
+                f"unreliable: what {name} says of two views of an image shares {value:.2f} nats (the median: {middle:.2f}): "
+                "--weight auto leaves it out"
+            )
     if len(found.domains) > 1:
         for domain in found.domains:
             lines.append(
@@ -50,14 +60,15 @@ def conclusions(found: Relations) -> list[str]:
 
 def section(found: Relations) -> str:
     """The same as HTML, but for the figure."""
-    head = "<tr><th>teacher<th>classes<th>used<th>information<th>confidence<th>consistency</tr>"
+    head = "<tr><th>teacher<th>classes<th>used<th>information<th>confidence<th>consistency<th>steady</tr>"
     rows = "".join(_row(name, out) for name, out in found.outputs.items())
     says = "".join(f"<li>{html.escape(line)}</li>" for line in conclusions(found))
     legend = (
         "CKA: 1 for outputs that are equal up to a rotation and a scale, 0 for unrelated ones. Distance in the tree: 1 less "
         "the correlation of two rows. Used: classes that a teacher "
         "effectively predicts. Information: of its prediction about the image, as a share of what its classes could carry. "
-        "Consistency: of two views of an image. Embeddings predict no class; their consistency is a cosine."
+        "Consistency: of two views of an image. Steady: nats that predictions of two views share. Embeddings predict no class; "
+        "their consistency is a cosine."
     )
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table><p>{legend}</p><ul>{says}</ul>"
 
@@ -109,12 +120,13 @@ def _row(name: str, out: Outputs) -> str:
         _percent(out.information),
         _percent(out.confidence),
         _percent(out.consistency),
+        _two(out.steady),
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _two(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}"
+def _two(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.2f}"
 
 
 def _whole(value: float | None) -> str:
