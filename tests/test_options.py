@@ -80,7 +80,7 @@ def test_text_is_parsed_for_python_callers_too():
     for given in (["a=0.5", "b=2"], {"a": 0.5, "b": 2.0}, (("a", 0.5), ("b", 2.0))):
         assert TrainOptions(weight=given).weight == (("a", 0.5), ("b", 2.0))
     for wrong in ("a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=much"):
-        with pytest.raises(UsageError, match=r"`weight` .* is not NAME=λ with λ above 0"):
+        with pytest.raises(UsageError, match=r"`weight` .* is neither NAME=λ with λ above 0"):
             TrainOptions(weight=[wrong])
     assert TrainOptions(heads="a,b").heads == ("a", "b")
     assert TuneOptions(lr_grid="0.1,0.2").lr_grid == (0.1, 0.2)
