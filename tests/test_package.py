@@ -66,6 +66,7 @@ LAYERS = [
     "machine",
     "ranks",
     "run",
+    "trackers",
     "data",
     "models",
     "training",
