@@ -109,6 +109,13 @@ def test_rendered_photos_take_as_many_bytes_a_pixel_as_photos(tmp_path):
     assert 0.5 < sum(file.stat().st_size for file in files) / (len(files) * 500 * 375) < 0.65
 
 
+def test_the_row_of_an_embedding():
+    """What it is compared with gives the same loss, else it raises."""
+    row = kernel._embedding_row(4, 5, 3, torch.device("cpu"), rounds=1)
+    assert (row["name"], row["case"]) == ("embedding_vs_eager", "B = 4, 5 classes and 3 features")
+    assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+
+
 def test_the_loops_that_the_kernel_is_compared_with_are_the_same_loss():
     segments = objective.segments([5, 3], [1, 0.5])
     student, teacher = kernel._logits(6, segments, torch.device("cpu"))

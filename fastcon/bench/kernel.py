@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.distill import loss as objective
-from fastcon.kernels.multihead_ce import Segments, multihead_cross_entropy
+from fastcon.kernels.multihead_ce import Segments, Standard, multihead_cross_entropy
 
 T = TypeVar("T")
 CASES = [(32, [1000]), (32, [1000, 98]), (256, [1000, 1000]), (256, [1000] + [200] * 10), (1024, [1500, 1500])]
 """Rows of a batch, classes of its heads."""
+EMBEDDINGS = [(256, 1000, 384), (1024, 1000, 768)]
+"""Rows of a batch, classes of a head, features of an embedding beside it."""
 LARGE = (4096, [10_000])
 
 
@@ -65,9 +68,39 @@ def bench(
             rows += _tried(
                 "loss_vs_eager, both in a CUDA graph,", say, _graph_row, student, teacher, segments, rounds, case
             )
+    for batch, classes, features in EMBEDDINGS if cases is None else []:
+        rows.append(_embedding_row(batch, classes, features, device, rounds))
+        say(f"{rows[-1]['name']}, {rows[-1]['case']}: {rows[-1]['ours']:.0f} against {rows[-1]['theirs']:.0f} us")
     for dtype in dtypes if on_gpu else ():
         rows += _tried("loss_bandwidth", say, _bandwidth, device, dtype, rounds)
     return rows
+
+
+def _embedding_row(batch: int, classes: int, features: int, device: torch.device, rounds: int) -> Row:
+    """us of a classifier's and an embedding's loss with gradient, fused, against PyTorch's functions for them."""
+    standard = Standard(torch.zeros(features), torch.ones(features))
+    segments = objective.segments(
+        [classes, features], [1.0, 1.0], kinds=["softmax", "embedding"], standards=[None, standard]
+    )
+    student, teacher = _logits(batch, segments, device)
+    mean, scale = standard.mean.to(device), standard.scale.to(device)
+    logits = dataclasses.replace(segments, offsets=(0,), widths=(classes,), weights=(1.0,), temperatures=(2.0,),
+                                 kinds=("softmax",), standards=())  # fmt: skip
+
+    def eager() -> Tensor:
+        y, t = student[:, classes:], (teacher[:, classes:].float() - mean) * scale
+        distance = torch.nn.functional.smooth_l1_loss(y, t) - torch.nn.functional.cosine_similarity(y, t).mean() + 1
+        return _loop(student, teacher, logits) + distance
+
+    variants = {
+        "ours": _timed(functools.partial(_fused, student, teacher, segments), student),
+        "eager": _timed(eager, student),
+    }
+    torch.testing.assert_close(_fused(student, teacher, segments), eager(), rtol=1e-4, atol=1e-4)
+    seconds = interleave(variants, rounds)
+    ours, theirs = (_micro(seconds[name]) for name in variants)
+    case = f"B = {batch}, {classes} classes and {features} features"
+    return compared("embedding_vs_eager", ours, theirs, "us", device.type, case=case, dtype="float32")
 
 
 def _tried(what: str, say: Say, make: Callable[..., T], *arguments: Any) -> list[T]:
