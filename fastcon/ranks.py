@@ -1,4 +1,4 @@
-"""The processes that torchrun started, as ranks that train one model: who they are, and what they tell each other.
+"""The processes that torchrun started, as ranks that do one job: who they are, and what they tell each other.
 
 Without torchrun there is one rank, and nothing here does anything. Gradients go through DistributedDataParallel (NCCL
 between GPUs, else Gloo); everything else, a few numbers a step, through Gloo. A rank that dies closes its connections,
@@ -34,7 +34,7 @@ class Told(FastconError):
 
 
 class Ranks:
-    """This process among those that train together; made by `join`."""
+    """This process among those that work together; made by `join`."""
 
     def __init__(self, number: int, count: int, group: Any = None) -> None:
         self.number, self.count, self._group = number, count, group
@@ -97,6 +97,10 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, count: int) -> range:
+        """Which of `count` things this rank does: consecutive ones, those of all ranks in their order."""
+        return range(self.number * count // self.count, (self.number + 1) * count // self.count)
+
     @contextlib.contextmanager
     def agreeing(self, in_turn: bool = False) -> Iterator[None]:
         """What every rank does by itself; if one of them fails, all do, and the error is said once.
@@ -153,6 +157,10 @@ class Ranks:
                 raise
             kind = FastconError if self.first else Told
             raise kind(f"one of the {self.count} ranks is gone, and so the others end{way}") from error
+
+
+ALONE = Ranks(0, 1)
+"""The one rank there is without torchrun."""
 
 
 def join(device: torch.device) -> Ranks:

@@ -1,6 +1,8 @@
-"""What the ranks of test_ranks.py run, under torchrun: ranked.py CALLS, a JSON list of the arguments of `fastcon.train`.
+"""What the ranks of test_ranks.py run, under torchrun: ranked.py CALLS, a JSON list of the arguments of `fastcon.train`, or
+of the words of a command.
 
-Each rank prints one JSON line a call: what it was told, how many steps it took, the last row of metrics or the error.
+Each rank prints one JSON line a call: what it was told, how many steps it took, the last row of metrics or the error; of a
+command what it printed, and its exit code.
 "die": [rank, step] kills a rank with SIGKILL at a step, "stop": [rank, step] sends it SIGTERM; "only": {rank: arguments that
 it alone gets}.
 """
@@ -12,14 +14,22 @@ import os
 import signal
 import sys
 
+from click.testing import CliRunner
+
 import fastcon
+from fastcon.cli.main import main
 from fastcon.errors import FastconError
 from fastcon.machine import rank
 from fastcon.ranks import Told
 
 
-def run(call: dict) -> None:
+def run(call: dict | list) -> None:
     number, said = rank()[0], []
+    if isinstance(call, list):
+        told = CliRunner().invoke(main, call)
+        line = {"rank": number, "output": told.output, "code": told.exit_code, "error": repr(told.exception)}
+        os.write(1, f"{json.dumps(line)}\n".encode())
+        return
     ends = {signal.SIGKILL: call.pop("die", None), signal.SIGTERM: call.pop("stop", None)}
     mine = call.pop("only", {}).get(str(number), {})
 

@@ -69,6 +69,7 @@ def test_an_embedding_is_what_the_last_layer_is_given(name):
         out = features(pixels(64))
         assert torch.equal(out, whole.features(pixels(64)))
         assert torch.equal(out, features.features(pixels(64)))
+        assert torch.equal(out, features(pixels(64)))  # still
         assert whole(pixels(64)).shape == (3, 1000)
     (head,) = features.heads
     assert (head.kind, len(head.classes), out.shape) == ("embedding", whole.feature_size, (3, whole.feature_size))
@@ -193,6 +194,14 @@ def test_its_head_is_a_model_of_its_own(trained):
     with torch.no_grad():
         torch.testing.assert_close(head(given), whole.split(whole(given))["features"])
         assert torch.equal(load(f"{trained}?kind=embedding")(given), whole.features(given))
+
+
+def test_the_features_of_a_run_whose_head_0_is_not_trained(stores, tmp_path):
+    options = TrainOptions(method="traditional", heads=("features",), epochs=1, batch_size=32)
+    train(str(stores["float16"]), str(tmp_path / "run"), options, MACHINE, Upkeep())
+    with torch.no_grad():
+        given = pixels(32)
+        assert torch.equal(load(f"{tmp_path}/run?kind=embedding")(given), load(tmp_path / "run").features(given))
 
 
 def test_its_curve_is_what_it_does_not_explain(trained):

@@ -112,9 +112,9 @@ def test_the_grid_is_judged_on_held_out_training_images(parts, tmp_path, monkeyp
     judged = []
     real = finetune.accuracy
 
-    def spy(model, head, subset, machine):
+    def spy(model, head, subset, machine, **more):
         judged.append(subset)
-        return real(model, head, subset, machine)
+        return real(model, head, subset, machine, **more)
 
     monkeypatch.setattr(finetune, "accuracy", spy)
     options = replace(OPTIONS, epochs=8, lr_grid=(0.02, 1e-6))
@@ -145,11 +145,15 @@ def test_a_signal_in_mid_epoch_saves_and_the_same_command_resumes(parts, taught,
 def test_every_epoch_shows_every_image_anew(parts):
     train = parts[0]
     options = replace(OPTIONS, batch_size=len(train))
-    (first, labels), (second, others) = finetune._batches(train, 0, 32, replace(options, epochs=2), MACHINE)
+    every, options = range(len(train)), replace(options, epochs=2)
+    (first, labels), (second, others) = finetune._batches(train, 0, 32, options, MACHINE, every)
     assert sorted(labels.tolist()) == sorted(train.labels.tolist()) == sorted(others.tolist())
     assert not torch.equal(first, second)
-    [(again, _)] = finetune._batches(train, 1, 32, replace(options, epochs=2), MACHINE)
+    [(again, _)] = finetune._batches(train, 1, 32, options, MACHINE, every)
     assert torch.equal(again, second)
+    [(some, of_some)] = finetune._batches(train, 1, 32, options, MACHINE, range(5, 9))
+    assert torch.equal(some, second[5:9])
+    assert torch.equal(of_some, others[5:9])
 
 
 def test_a_rate_that_explodes_is_named(parts, tmp_path):
@@ -325,7 +329,7 @@ def test_accuracies_are_measured_in_the_precision_of_evaluate(parts, tmp_path, m
     monkeypatch.setattr(finetune, "settle", lambda machine, *_: replace(machine.settled(), precision="float32"))
     seen = []
     measure = finetune.accuracy
-    monkeypatch.setattr(finetune, "accuracy", lambda *given: seen.append(given[3].precision) or measure(*given))
+    monkeypatch.setattr(finetune, "accuracy", lambda *given, **more: seen.append(given[3].precision) or measure(*given))
     options = replace(OPTIONS, epochs=1, lr_grid=(0.01, 0.02))
     result = teach(INIT, *parts, str(tmp_path / "run"), options, Machine("cpu"))
     assert seen == ["bfloat16"] * 3  # two learning rates, and the test images

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from fastcon.cli.main import main
 from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.train import train
 from fastcon.errors import FastconError
@@ -23,7 +25,7 @@ from fastcon.ranks import Ranks, Told, join
 CALL = {"epochs": 2, "batch_size": 24, "lr_backbone": 1e-5, "lr_heads": 1e-4, "precision": "float32", "log_every": 2}
 
 
-def ranked(ranks: int, *calls: dict, check: bool = True) -> list[list[dict]]:
+def ranked(ranks: int, *calls: dict | list, check: bool = True) -> list[list[dict]]:
     """The lines of every rank, call by call."""
     script = Path(__file__).with_name("ranked.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
@@ -116,6 +118,81 @@ def test_ranks_stop_together_and_others_go_on(tmp_path, store_path, alone):
     one, ours = weights(tmp_path / "one"), weights(tmp_path / "run")
     for key, value in one.items():
         np.testing.assert_allclose(ours[key], value, atol=1e-4, err_msg=key)
+
+
+def test_the_other_commands(tmp_path, labelled_folder, generalist_file):
+    """teach, finetune, probe, rank and evaluate: what two ranks share comes out as of one, and is said once."""
+    task = [
+        "--train",
+        str(labelled_folder),
+        "--holdout",
+        "0.4",
+        "--seed",
+        "1",
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
+    tune = [*task, "--epochs", "3", "--batch-size", "15", "--batch-norm", "running", "--lr-grid"]
+
+    def commands(where: Path) -> list[list[str]]:
+        where.mkdir()
+        out = {name: ["--out", str(where / name)] for name in ("taught", "tuned")}
+        models = [str(generalist_file), str(tmp_path / "one" / "taught")]
+        return [
+            [*words, "--json", str(where / f"{k}.json")]
+            for k, words in enumerate(
+                [
+                    ["teach", "--init", str(generalist_file), *tune, "0.00001,0.0001", *out["taught"]],
+                    ["finetune", str(generalist_file), *tune, "0.0001", "--shots", "5", "--trials", "2", *out["tuned"]],
+                    ["probe", *models, *task, "--trials", "5", "--size", "32"],
+                    ["rank", *models, *task, "--trials", "5", "--size", "32"],
+                    ["evaluate", models[1], "--test", str(labelled_folder), "--holdout", "0.4", "--split", "t", *task[6:]],
+                ]
+            )
+        ]
+
+    alone = [CliRunner().invoke(main, [*words, "--threads", "1"]) for words in commands(tmp_path / "one")]
+    for told in alone:
+        assert told.exit_code == 0, told.output
+    together = commands(tmp_path / "two")
+    small = ["teach", "--init", str(generalist_file), *tune, "0.0001", "--out", str(tmp_path / "x"), "--batch-size", "1"]
+    lost = ["teach", "--init", "nowhere.safetensors", *tune, "0.0001", "--out", str(tmp_path / "x")]
+    *lines, again, few, nowhere = ranked(2, *together, together[0], small, lost)
+    for one, two in zip(alone, lines, strict=True):
+        first, second = two
+        assert (first["code"], second["code"], second["output"]) == (0, 0, ""), two
+        says = [text.replace(str(tmp_path / "two"), str(tmp_path / "one")) for text in first["output"].splitlines()]
+        assert says == one.output.splitlines()
+    for k in range(5):
+        ours, theirs = (json.loads((tmp_path / who / f"{k}.json").read_text()) for who in ("one", "two"))
+        for gone in ("seconds", "argv", "out", "duality_gaps"):
+            for result in (ours, theirs, *ours.get("results", []), *theirs.get("results", [])):
+                result.pop(gone, None)
+        assert ours == theirs
+    ours, theirs = (load_file(tmp_path / who / "taught" / "model.safetensors") for who in ("one", "two"))
+    start = load_file(generalist_file)
+    moved = [
+        key for key in ours if key in start and start[key].shape == ours[key].shape and np.any(start[key] != ours[key])
+    ]
+    assert len(moved) > 50
+    for key in moved:
+        assert np.linalg.norm(ours[key] - theirs[key]) <= 5e-2 * np.linalg.norm(ours[key] - start[key]), key
+    assert "is finished: nothing to do" in again[0]["output"]
+    assert again[1]["output"] == ""
+    for failed, text in ((few, "a batch of 1 images cannot be shared by 2 ranks"), (nowhere, "no such weights file")):
+        assert [line["code"] for line in failed] == [1, 1]
+        assert text in failed[0]["output"]
+        assert failed[0]["output"].count("fastcon: ") <= 3
+        assert failed[1]["output"] == ""
+
+
+def test_shares_cover_everything_once():
+    for count in (0, 1, 5, 24):
+        parts = [list(Ranks(number, 3).share(count)) for number in range(3)]
+        assert [k for part in parts for k in part] == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_one_rank_needs_nobody():

@@ -63,6 +63,20 @@ def test_tensorboard(store_path, tmp_path):
         assert {key: found[key][step] for key in values} == pytest.approx(values, rel=1e-5)
 
 
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (tmp_path / "run").mkdir()
+    run = Run(str(tmp_path / "run"), {"command": "train"}, 1)
+    for begin, steps in ((0, (2, 4, 6)), (4, (5,))):
+        board = trackers.tracker("tensorboard", run, begin)
+        for step in steps:
+            board.write({"step": step, "loss": 1.0, "heads": {}})
+        board.close()
+    seen = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    seen.Reload()
+    assert [event.step for event in seen.Scalars("loss")] == [2, 5]
+
+
 def test_mlflow(store_path, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     expected = interrupted(store_path, tmp_path / "run", "mlflow")

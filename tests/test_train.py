@@ -212,6 +212,20 @@ def test_another_architecture_says_that_head_0_is_random(store_path, tmp_path):
     assert load(tmp_path / "run").size == 32
 
 
+def test_the_temperature(store_path, tmp_path):
+    """A student that does not move: head 0's loss is the entropy of the stored logits at T, its KL zero."""
+    options = replace(QUICK, epochs=1, batch_size=30, lr_backbone=0, lr_heads=0, temperature=0.7)
+    row = train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP)
+    store = Store(store_path)
+    z = np.concatenate([store.logits("general", 0, chunk) for chunk in range(store.chunks)]).astype(np.float64)
+    log_p = torch.from_numpy(z / 0.7).log_softmax(1)
+    entropies = -(log_p.exp() * log_p).sum(1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    seen = sum(row["images"] * row["heads"]["general"]["loss"] for row in rows) / sum(row["images"] for row in rows)
+    assert seen == pytest.approx(entropies.mean().item(), rel=1e-3)
+    assert row["heads"]["general"]["kl"] == pytest.approx(0, abs=1e-4)
+
+
 def test_a_weight_of_its_own_for_a_head(store_path, tmp_path):
     options = replace(QUICK, epochs=1, weight=(("letters", 0.25),))
     row = train(str(store_path), str(tmp_path / "run"), options, MACHINE, UPKEEP)

@@ -50,6 +50,10 @@ class _Group(click.Group):
             warnings.showwarning = shown
 
 
+RANKED = ("precompute", "train", "teach", "finetune", "probe", "rank", "evaluate")
+"""Commands that torchrun's processes may share."""
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
@@ -66,6 +70,6 @@ def main() -> None:
     python:MODULE:FACTORY, a .safetensors file or the folder of a run; options follow a '?': ?size=64&mean=…&std=….
     """
     command = click.get_current_context().invoked_subcommand
-    if rank()[1] > 1 and command not in ("precompute", "train"):
+    if rank()[1] > 1 and command not in RANKED:
         raise (Told if rank()[0] else UsageError)(f"{command} runs in one process: start it without torchrun")
     keep_freed_memory()

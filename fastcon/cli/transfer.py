@@ -38,10 +38,12 @@ def teach(
     """
     from fastcon.transfer import finetune as stage
 
-    train, test = _parts(task, indexing)
+    train, test = _parts(task, indexing, machine)
     bar = Bar("teach", "steps")
     result = stage.teach(init, train, test, out, options, machine, task.record(), say=note, progress=bar)
     bar.close()
+    if not _speaks():
+        return
     finish(
         {"out": out, "seconds": bar.seconds, **result},
         json_file,
@@ -76,7 +78,9 @@ def probe(
         accuracy, ci95, std, trials = row["accuracy"], row["ci95"], row["std"], len(row["accuracies"])
         click.echo(f"{row['backbone']}: {accuracy:.2%} ± {ci95:.2%} (std {std:.2%}, {trials} trials)")
 
-    finish(stage(backbones, task, options, machine, indexer(indexing), Bar, note, show), json_file)
+    found = stage(backbones, task, options, machine, indexer(indexing), Bar, note, show)
+    if _speaks():
+        finish(found, json_file)
 
 
 @main.command()
@@ -110,6 +114,8 @@ def rank(
     from fastcon.transfer.rank import rank as stage
 
     found = stage(models, task, options, machine, indexer(indexing), top, Bar, note)
+    if not _speaks():
+        return
     lines = []
     for place, row in enumerate(found["results"], 1):
         probed = f"{row['accuracy']:.2%} ± {row['ci95']:.2%}" if "accuracy" in row else "not probed"
@@ -145,10 +151,12 @@ def finetune(
     from fastcon.models.origin import origin
     from fastcon.transfer import finetune as stage
 
-    train, test = _parts(task, indexing)
+    train, test = _parts(task, indexing, machine)
     bar = Bar("finetune", "steps")
     result = stage.finetune(backbone, train, test, out, options, machine, task.record(), say=note, progress=bar)
     bar.close()
+    if not _speaks():
+        return
     record = {
         "command": "finetune",
         "backbone": backbone,
@@ -198,15 +206,21 @@ def evaluate(
     """
     from fastcon.models.load import load
     from fastcon.models.origin import origin
+    from fastcon.ranks import join
     from fastcon.transfer.finetune import accuracy
 
     if not task.test:
         raise click.UsageError("Missing option '--test'.")
-    loaded = load(model)
-    loaded.set_size(size or loaded.size)
-    test = task.held_out(indexer(indexing))
-    name = head or loaded.heads[0].name
-    value = accuracy(loaded, name, test, machine, batch_size)
+    ranks = join(machine.target)
+    with ranks.agreeing(in_turn=True):
+        loaded = load(model)
+        loaded.set_size(size or loaded.size)
+        test = task.held_out(indexer(indexing))
+        name = head or loaded.heads[0].name
+        loaded.head_index(name)
+    value = accuracy(loaded, name, test, machine, batch_size, ranks)
+    if not ranks.first:
+        return
     record = {
         "command": "evaluate",
         "model": model,
@@ -227,7 +241,19 @@ def evaluate(
     )
 
 
-def _parts(task: Task, indexing: Indexing) -> tuple[Any, Any]:
-    train, test = task.parts(indexer(indexing))
-    note(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images")
+def _parts(task: Task, indexing: Indexing, machine: Machine) -> tuple[Any, Any]:
+    from fastcon.ranks import join
+
+    ranks = join(machine.target)
+    with ranks.agreeing(in_turn=True):
+        train, test = task.parts(indexer(indexing))
+    if ranks.first:
+        note(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images")
     return train, test
+
+
+def _speaks() -> bool:
+    """Whether this process, of all that torchrun started, says what came out."""
+    from fastcon.machine import rank
+
+    return rank()[0] == 0

@@ -23,14 +23,13 @@ def standard(store: Stored, name: str) -> Standard | None:
     if teacher.kind != "embedding":
         return None
     total = np.zeros((2, len(teacher.classes)))
-    count, middle = 0, np.zeros(len(teacher.classes))
+    count = 0
     for chunk in np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist():
         rows = store.logits(name, 0, chunk).astype(np.float64)
-        middle = middle if count else rows.mean(0)  # sums of squares about zero would cancel
-        total += (rows - middle).sum(0), np.square(rows - middle).sum(0)
+        total += rows.sum(0), np.square(rows).sum(0)
         count += len(rows)
     mean = total[0] / count
     deviation = np.sqrt(np.maximum(total[1] / count - np.square(mean), 0))
     learned = deviation > CONSTANT * deviation.max()
     scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=learned)
-    return Standard(torch.from_numpy(mean + middle).float(), torch.from_numpy(scale).float())
+    return Standard(torch.from_numpy(mean).float(), torch.from_numpy(scale).float())

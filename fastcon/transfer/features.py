@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastcon.data.manifest import Manifest
 from fastcon.files import cache_folder, derived
 from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier
+from fastcon.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]
 
@@ -29,27 +31,54 @@ def features(
     size: int | None = None,
     batch_size: int = 128,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
-    """Features [n, D] of every image of a manifest, from the cache where this model has seen these images."""
+    """Features [n, D] of every image of a manifest, from the cache where this model has seen these images.
+
+    ranks: of several each computes some of the batches, and all get everything; all of them must call.
+    """
     machine, size = machine.settled(), size or model.size
     path = cache_folder("features") / f"{_key(model, manifest, machine, size)}.npy"
+    cached = _cached(path, (len(manifest), model.feature_size))
+    everywhere = all(ranks.all(cached is not None))
+    if cached is not None and everywhere:
+        return cached
+    out = _of_batches(model.features, manifest, np.arange(len(manifest)), size, batch_size, machine, ranks, progress)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            path.unlink(missing_ok=True)  # an entry that could not be loaded
+            derived(path, lambda partial: _save(partial, out))
+    return out
+
+
+def _cached(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
             cached = np.load(path, mmap_mode="r")
-            if cached.shape == (len(manifest), model.feature_size):
-                return cached
-    out = np.empty((len(manifest), model.feature_size), dtype=np.float32)
-    everything = np.arange(len(manifest))
-    with machine.computing() as cores:
-        for rows, pixels in center_crops(manifest, everything, size, batch_size, machine):
+            return cached if cached.shape == shape else None
+    return None
+
+
+def _of_batches(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    manifest: Manifest,
+    indices: NDArray[np.intp],
+    size: int,
+    batch_size: int,
+    machine: Machine,
+    ranks: Ranks,
+    progress: Progress | None = None,
+) -> NDArray[np.float32]:
+    """What a network makes of some images [m, …]: the same batches whoever computes them, so the same values."""
+    share = ranks.share(-(-len(indices) // batch_size))
+    mine, parts = indices[share.start * batch_size : share.stop * batch_size], []
+    with machine.computing(turns=ranks.count == 1) as cores:
+        for rows, pixels in center_crops(manifest, mine, size, batch_size, machine) if len(mine) else ():
             with cores.turn(), torch.inference_mode(), machine.autocast():
-                out[rows] = model.features(pixels).cpu().numpy()
+                parts.append(network(pixels).float().cpu().numpy())
             if progress:
-                progress(rows.stop, len(manifest))
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        path.unlink(missing_ok=True)  # an entry that could not be loaded
-        derived(path, lambda partial: _save(partial, out))
-    return out
+                progress(rows.stop * len(indices) // len(mine), len(indices))
+    return np.concatenate([part for parts_of_rank in ranks.all(parts) for part in parts_of_rank])
 
 
 def _save(path: Path, features: NDArray[np.float32]) -> None:
@@ -58,15 +87,15 @@ def _save(path: Path, features: NDArray[np.float32]) -> None:
 
 
 def logits(
-    model: Classifier, manifest: Manifest, indices: NDArray[np.intp], machine: Machine, batch_size: int = 128
+    model: Classifier,
+    manifest: Manifest,
+    indices: NDArray[np.intp],
+    machine: Machine,
+    batch_size: int = 128,
+    ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
-    """Logits [m, C of all heads] of some images at the centre crop, as large as the model's input."""
-    machine, parts = machine.settled(), []
-    with machine.computing() as cores:
-        for _, pixels in center_crops(manifest, indices, model.size, batch_size, machine):
-            with cores.turn(), torch.inference_mode(), machine.autocast():
-                parts.append(model(pixels).float().cpu().numpy())
-    return np.concatenate(parts)
+    """Logits [m, C of all heads] of some images at the centre crop, as large as the model's input; ranks: as in `features`."""
+    return _of_batches(model, manifest, indices, model.size, batch_size, machine.settled(), ranks)
 
 
 def center_crops(

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from fastcon.cores import Cores, workers
 from fastcon.data import splits
 from fastcon.errors import FastconError
 from fastcon.machine import choose_device
+from fastcon.ranks import ALONE, Ranks
 from fastcon.transfer import options
 from fastcon.transfer.options import C_GRID, TRIALS
 from fastcon.transfer.solvers import SOLVERS, Fold, Scores, Solver
@@ -77,6 +78,7 @@ def few_shot(
     device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Accuracy on the test set of linear SVMs trained on `shots` images per class, over `trials` draws.
 
@@ -86,7 +88,8 @@ def few_shot(
     in all; None: all images, once. ids [n]: what the draws depend on besides the seed
     (default: the row number), so that equal ids give equal draws for every representation. classes: how many there are
     (default: as many as labels occur). device: where the batched solver works: cpu, cuda …; auto: a GPU if there is one.
-    threads: trials at a time on a CPU (default: one per core).
+    threads: trials at a time on a CPU (default: one per core). ranks: of several each takes some of the trials, and all get
+    the result; all of them must call.
     Raises FastconError.
     """
     features, labels, test_features, test_labels = _checked(features, labels, test_features, test_labels)
@@ -108,35 +111,47 @@ def few_shot(
             stacklevel=2,
         )
 
-    def run(trial: int) -> tuple[float, float | None, NDArray[np.bool_]]:
+    def run(trial: int) -> _Trial:
         rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
         fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes, place)
         cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
-        return cost, fits.gap, _right(scores, test_labels)
+        right = _right(scores, test_labels)
+        of_classes = right.mean(0) if several else _by_class(right, test_labels, classes)
+        return _Trial(float(right.mean()), cost, of_classes, fits.gap)
 
-    count = trials if shots is not None else 1
+    mine = ranks.share(trials if shots is not None else 1)
     on_cpu = solver == "sklearn" or (solver != "cuml" and place.type == "cpu")
-    accuracies, chosen, per_class, gaps = [], [], [], []
-    for trial, (cost, gap, right) in enumerate(_in_order(run, count, on_cpu, threads), 1):
-        accuracies.append(float(right.mean()))
-        chosen.append(cost)
-        gaps.append(gap)
-        per_class.append(right.mean(0) if several else _by_class(right, test_labels, classes))
+    done: list[_Trial] = []
+    for trial in _in_order(run, mine, on_cpu, threads, turns=ranks.count == 1):
+        done.append(trial)
         if progress:
-            progress(trial, count)
+            progress(len(done), len(mine))
+    made = [trial for trials_of_rank in ranks.all(done) for trial in trials_of_rank]
+    accuracies, chosen, per_class, gaps = (list(column) for column in zip(*made, strict=True))
     return Result(accuracies, chosen, np.mean(per_class, axis=0).tolist(), gaps)
 
 
-def _in_order(run: Callable[[int], T], count: int, side_by_side: bool, threads: int | None) -> Iterator[T]:
+class _Trial(NamedTuple):
+    """What a draw gave."""
+
+    accuracy: float
+    cost: float
+    per_class: NDArray[np.float64]
+    gap: float | None
+
+
+def _in_order(
+    run: Callable[[int], T], trials: range, side_by_side: bool, threads: int | None, turns: bool
+) -> Iterator[T]:
     """Trials in order; side by side: one per core, as threads inside so small a problem gain little."""
-    if count == 1 or not side_by_side:
-        yield from map(run, range(count))
+    if len(trials) < 2 or not side_by_side:
+        yield from map(run, trials)
         return
-    with Cores(threads) as cores, workers(cores.threads) as pool:
-        for start in range(0, count, cores.threads):
+    with Cores(threads, turns=turns) as cores, workers(cores.threads) as pool:
+        for start in range(0, len(trials), cores.threads):
             with cores.turn():
-                done = list(pool.map(run, range(start, min(start + cores.threads, count))))
+                done = list(pool.map(run, trials[start : start + cores.threads]))
             yield from done
 
 

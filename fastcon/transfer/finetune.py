@@ -28,6 +28,7 @@ from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier, Head, choose_batch_norm
 from fastcon.models.load import load
 from fastcon.models.origin import is_random
+from fastcon.ranks import ALONE, Ranks, join
 from fastcon.run import RUN_WEIGHTS, Metrics, Run, stop_signals
 from fastcon.training import Loop, make_optimizer, set_rate, settle
 from fastcon.transfer import features
@@ -64,17 +65,18 @@ def teach(
 
     With several learning rates each is tried on all but a tenth of every class, and the best on that tenth trains on
     everything. data: how the parts were chosen, for the record. Rerunning resumes; a finished run only
-    reports.
+    reports. Under torchrun the ranks share every batch, and the first writes.
     """
     tuning = _Tuning.of("teach", init, train, test, out, options, machine, data, say)
-    if tuning.run.finished(RESULT):
+    if tuning.finished(RESULT):
         return tuning.reported()
     tuning.begin(init)
     tuning.count_to(tuning.steps(train), progress)
     model, result = tuning.tune(train, "")
     result |= {"test_images": len(test), "classes": len(train.classes)}
-    write_json(tuning.run.path / REPORT, result)
-    tuning.run.end(RESULT, model.export(options.head))
+    if tuning.ranks.first:
+        write_json(tuning.run.path / REPORT, result)
+        tuning.run.end(RESULT, model.export(options.head))
     return result
 
 
@@ -95,8 +97,8 @@ def finetune(
     Returns the mean accuracy on `test` and each trial's; on all images `out` becomes a MODEL too. Rerunning resumes.
     """
     tuning = _Tuning.of("finetune", backbone, train, test, out, options, machine, data, say)
-    run = tuning.run
-    if run.finished(REPORT):
+    run, ranks = tuning.run, tuning.ranks
+    if tuning.finished(REPORT):
         return tuning.reported()
     tuning.begin(backbone)
     draws = [train]
@@ -108,16 +110,18 @@ def finetune(
     results = []
     for trial, draw in enumerate(draws):
         done = run.path / f"trial-{trial}.json"
-        if done.exists():
-            results.append(json.loads(done.read_text()))
+        before = ranks.same(lambda done=done: json.loads(done.read_text()) if done.exists() else None)  # type: ignore[misc]
+        if before is not None:
+            results.append(before)
             tuning.count(tuning.steps(draw))
             continue
         model, result = tuning.tune(draw, f"trial-{trial}-")
-        if options.shots is None:
-            write_atomically(run.path / RESULT, model.export(options.head))
-        write_json(done, result)
-        run.forget_checkpoints()
         results.append(result)
+        if ranks.first:
+            if options.shots is None:
+                write_atomically(run.path / RESULT, model.export(options.head))
+            write_json(done, result)
+            run.forget_checkpoints()
     accuracies = [trial["accuracy"] for trial in results]
     summary = {
         "accuracy": float(np.mean(accuracies)),
@@ -130,7 +134,8 @@ def finetune(
         "classes": len(train.classes),
         "architecture": tuning.start.architecture,
     }
-    write_json(run.path / REPORT, summary)
+    if ranks.first:
+        write_json(run.path / REPORT, summary)
     return summary
 
 
@@ -145,11 +150,12 @@ class _Tuning:
         options: TuneOptions,
         machine: Machine,
         judge: Machine,
+        ranks: Ranks,
         say: Say,
     ) -> None:
         """machine: trains; judge: measures accuracies, in the precision in which `evaluate` and the probes do."""
-        self.start, self.test, self.run, self.options, self.say = start, test, run, options, say
-        self.machine, self.judge = machine, judge
+        self.start, self.test, self.run, self.options, self.ranks = start, test, run, options, ranks
+        self.machine, self.judge, self.say = machine, judge, say if ranks.first else lambda line: None
         self.count: Callable[[int], None] = lambda steps: None
 
     @classmethod
@@ -166,9 +172,15 @@ class _Tuning:
         say: Say,
     ) -> _Tuning:
         """Open the run of these options and images. Raises FastconError if `out` holds another."""
-        start = load(init, size=options.size, untrained=command == "teach")
-        start.set_size(options.size or start.size)
-        judge, machine = machine.settled(), settle(machine, start, options.batch_size, out)
+        ranks = join(machine.target)
+        with ranks.agreeing():
+            start = load(init, size=options.size, untrained=command == "teach")
+            start.set_size(options.size or start.size)
+        precision = ranks.same(lambda: settle(machine, start, options.batch_size, out).precision)
+        judge, machine = (
+            machine.settled(),
+            dataclasses.replace(machine, device=str(machine.target), precision=precision),
+        )
         options = dataclasses.replace(options, batch_norm=choose_batch_norm(options.batch_norm, start))
         identity = {
             "init_weights": start.digest(),
@@ -182,19 +194,26 @@ class _Tuning:
         given = {**dataclasses.asdict(options), "precision": machine.precision}
         if isinstance(options, FinetuneOptions):
             given["trials"] = options.draws
-        run = Run(out, {"command": command, "init": init, **identity, **given}, machine.threads)
+        config = {"command": command, "init": init, **identity, **given}
+        with ranks.agreeing():
+            run = Run(out, config, machine.threads)
+        ranks.require_same("other images or options", config)
         machine, judge = (dataclasses.replace(each, threads=run.threads) for each in (machine, judge))
-        return cls(start, test, run, options, machine, judge, say)
+        return cls(start, test, run, options, machine, judge, ranks, say)
+
+    def finished(self, result: str) -> bool:
+        """Whether the run has the file that is written last."""
+        return self.ranks.same(lambda: self.run.finished(result))
 
     def begin(self, init: str) -> None:
         """Write the run's configuration, and print what it starts from."""
-        self.run.begin()
+        self.ranks.same(self.run.begin)
         self.say(f"starts from {init}{', random weights' if is_random(init) else ''}, at {self.start.size} px")
 
     def reported(self) -> dict[str, Any]:
         """The result of a run that is finished."""
         self.say(f"{self.run.path} is finished: nothing to do")
-        return json.loads((self.run.path / REPORT).read_text())
+        return self.ranks.same(lambda: json.loads((self.run.path / REPORT).read_text()))
 
     def count_to(self, total: int, progress: Progress | None) -> None:
         """Report steps as they are done, out of a total."""
@@ -203,7 +222,7 @@ class _Tuning:
         def count(steps: int) -> None:
             nonlocal done
             done += steps
-            if progress:
+            if progress and self.ranks.first:
                 progress(done, total)
 
         self.count = count
@@ -217,12 +236,16 @@ class _Tuning:
 
     def tune(self, train: Subset, prefix: str) -> tuple[Classifier, dict[str, Any]]:
         """Choose a learning rate on a held-out tenth of `train`, then train on all of it; returns the network and its result."""
+        with self.ranks.agreeing():
+            return self._tuned(train, prefix)
+
+    def _tuned(self, train: Subset, prefix: str) -> tuple[Classifier, dict[str, Any]]:
         rates, head = sorted(self.options.lr_grid), self.options.head
         tried = self._tried(train, rates, prefix) if len(rates) > 1 else {}
         best = max(tried, key=lambda rate: (tried[rate], -rate)) if tried else rates[0]
         model = self._fit(train, best, f"{prefix}final")
         result = {
-            "accuracy": accuracy(model, head, self.test, self.judge),
+            "accuracy": accuracy(model, head, self.test, self.judge, ranks=self.ranks),
             "lr": best,
             "tried": {f"{rate:g}": value for rate, value in tried.items()},
         }
@@ -243,7 +266,7 @@ class _Tuning:
             except Diverged as error:
                 self.say(f"learning rate {rate:g} is out: {error}")
                 continue
-            tried[rate] = accuracy(model, self.options.head, aside, self.judge)
+            tried[rate] = accuracy(model, self.options.head, aside, self.judge, ranks=self.ranks)
             self.say(f"learning rate {rate:g}: {tried[rate]:.1%} of the held-out tenth")
         if not tried:
             raise FastconError(
@@ -252,7 +275,7 @@ class _Tuning:
         return tried
 
     def _fit(self, train: Subset, rate: float, stage: str) -> Classifier:
-        return fit(self.start, train, rate, self.options, self.machine, self.run, stage, self.count)
+        return fit(self.start, train, rate, self.options, self.machine, self.run, stage, self.count, self.ranks)
 
 
 def fit(
@@ -264,60 +287,76 @@ def fit(
     run: Run,
     stage: str,
     count: Callable[[int], None] = lambda steps: None,
+    ranks: Ranks = ALONE,
 ) -> Classifier:
     """Fine-tune a copy of `start` with a fresh head at one learning rate; machine: settled.
 
-    Saved on a signal, and when the last checkpoint is a minute old.
+    Saved on a signal, and when the last checkpoint is a minute old. ranks: of several each takes its share of every batch.
     """
     model = _copy(start, Head(options.head, train.classes, "sigmoid" if train.multi_label else "softmax"), options.seed)
     loss_of = _binary_cross_entropy if train.multi_label else nn.functional.cross_entropy
     model.on(machine.target).learn(options.batch_norm, options.dropout)
     optimizer = make_optimizer(model, rate, rate, options.momentum, options.weight_decay)
-    loop = Loop(model, optimizer, machine, run.checkpoints / stage, CHECKPOINT_SECONDS)
-    steps = _steps(train, options)
+    loop = Loop(model, optimizer, machine, run.checkpoints / stage, CHECKPOINT_SECONDS, ranks)
+    steps, rows = _steps(train, options), min(len(train), options.batch_size)
+    if rows < ranks.count:
+        raise FastconError(f"a batch of {rows} images cannot be shared by {ranks.count} ranks: start fewer")
     total = steps * options.epochs
     loss_sum = torch.zeros((), device=machine.target)
     saved = loop.begin(options.seed)
     if saved is not None:
-        loss_sum.copy_(saved["loss"])
+        loss_sum.copy_(saved["loss"] * float(ranks.first))  # a sum over all ranks: the others begin anew
         count(loop.step)
-    metrics = Metrics(run.path / f"metrics-{stage}.jsonl", saved["metrics"] if saved else 0)
-    batches = _batches(train, loop.step, model.size, options, machine)
-    with machine.computing() as cores, contextlib.closing(batches), stop_signals() as stop:
+    metrics = Metrics(run.path / f"metrics-{stage}.jsonl", saved["metrics"] if saved else 0) if ranks.first else None
+    forward = ranks.parallel(model, buffers=options.batch_norm == "batch")
+    share = ranks.share(rows)
+    batches = _batches(train, loop.step, model.size, options, machine, share)
+    with (
+        machine.computing(turns=ranks.count == 1) as cores,
+        ranks.lost(f": the same command resumes from the last checkpoint in {run.path}"),
+        contextlib.closing(batches),
+        stop_signals() as stop,
+    ):
         for pixels, labels in batches:
             set_rate(optimizer, loop.step / total, options.milestones)
             with cores.turn():
                 with machine.autocast():
-                    logits = model(pixels)
-                loss = loss_of(logits, labels)
-                loop.update(loss)
+                    logits = forward(pixels)
+                loss = loss_of(logits, labels) * (len(share) / rows)  # of all ranks the sum is the mean over the batch
+                loop.update(loss * ranks.count)  # whose gradients are averaged
             loss_sum += loss.detach()
             count(1)
             if loop.step % steps == 0:
-                mean = loss_sum.item() / steps
+                mean = ranks.total(loss_sum).item() / steps
                 epoch = loop.step // steps
                 if not math.isfinite(mean):
                     raise Diverged(
                         f"the loss is {mean} in epoch {epoch} at learning rate {rate:g}: use another `out` with a lower one"
                     )
-                metrics.write({"epoch": epoch - 1, "lr": optimizer.param_groups[0]["lr"], "loss": mean})
-                run.log(f"{stage} epoch {epoch}/{options.epochs} loss {mean:.4f}")
+                if metrics:
+                    metrics.write({"epoch": epoch - 1, "lr": optimizer.param_groups[0]["lr"], "loss": mean})
+                    run.log(f"{stage} epoch {epoch}/{options.epochs} loss {mean:.4f}")
                 loss_sum.zero_()
-            if stop or loop.due():
-                loop.save({"loss": loss_sum, "metrics": metrics.position})
-            if stop and loop.step < total:
-                metrics.close()
+            stopped, due = ranks.most(stop[0] if stop else 0, loop.due())
+            if stopped or due:
+                loop.save({"loss": ranks.total(loss_sum), "metrics": metrics.position if metrics else 0})
+            if stopped and loop.step < total:
+                if metrics:
+                    metrics.close()
                 raise Interrupted(
-                    f"stopped by signal {stop[0]} at step {loop.step} of {total}, saved; run the same command to resume"
+                    f"stopped by signal {stopped} at step {loop.step} of {total}, saved; run the same command to resume"
                 )
-    metrics.close()
+    if metrics:
+        metrics.close()
     return model.eval()
 
 
-def accuracy(model: Classifier, head: str, test: Subset, machine: Machine, batch_size: int = 128) -> float:
+def accuracy(
+    model: Classifier, head: str, test: Subset, machine: Machine, batch_size: int = 128, ranks: Ranks = ALONE
+) -> float:
     """Share of images that the head classifies correctly; classes are matched by name.
 
-    Of multi-label images the share of (image, label) pairs whose sign is right.
+    Of multi-label images the share of (image, label) pairs whose sign is right. ranks: as in `features`.
     """
     chosen, columns = model.head_index(head)
     place = {name: k for k, name in enumerate(chosen.classes)}
@@ -334,7 +373,7 @@ def accuracy(model: Classifier, head: str, test: Subset, machine: Machine, batch
         )
     column_of = np.array([place[name] for name in test.classes])
     model.on(machine.target).eval()
-    logits = features.logits(model, test.manifest, test.indices, machine, batch_size)[:, columns]
+    logits = features.logits(model, test.manifest, test.indices, machine, batch_size, ranks)[:, columns]
     if test.multi_label:
         return float(((logits[:, column_of] > 0) == test.labels).mean())
     return float((logits.argmax(1) == column_of[test.labels]).mean())
@@ -355,9 +394,12 @@ def _steps(train: Subset, options: TuneOptions) -> int:
 
 
 def _batches(
-    train: Subset, start: int, size: int, options: TuneOptions, machine: Machine
+    train: Subset, start: int, size: int, options: TuneOptions, machine: Machine, share: range
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Random views, a new one of every image each epoch: (uint8 [B, 3, size, size], int64 labels [B]); from a step on."""
+    """Random views, a new one of every image each epoch: (uint8 [B, 3, size, size], int64 labels [B]); from a step on.
+
+    share: which of the images of each batch.
+    """
     ids = train.ids
     widths, heights = train.manifest.widths[train.indices], train.manifest.heights[train.indices]
     steps = _steps(train, options)
@@ -368,7 +410,7 @@ def _batches(
             boxes = views.boxes(options.seed, ids, epoch, widths, heights, options.scale)
             flips = views.flips(options.seed, ids, epoch)
             for step in range(max(start - epoch * steps, 0), steps):
-                rows = order[step * options.batch_size : (step + 1) * options.batch_size]
+                rows = order[step * options.batch_size : (step + 1) * options.batch_size][share.start : share.stop]
                 yield Request(train.indices[rows], boxes[rows], flips[rows]), train.labels[rows]
 
     requests = (request for request, _ in plan())

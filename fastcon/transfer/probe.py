@@ -17,6 +17,7 @@ from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier
 from fastcon.models.load import load
 from fastcon.models.origin import origin
+from fastcon.ranks import Ranks, join
 from fastcon.transfer import options as defaults
 from fastcon.transfer.features import Progress, features
 from fastcon.transfer.few_shot import Result, few_shot
@@ -36,13 +37,21 @@ def probe(
     say: Callable[[str], None] = lambda line: None,
     show: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Accuracy of the frozen features of each backbone (a MODEL). show is called with each row of results as it is done."""
+    """Accuracy of the frozen features of each backbone (a MODEL). show is called with each row of results as it is done.
+
+    Under torchrun the ranks share images and trials, and come to the same results.
+    """
     machine = machine.settled()
-    train, test = task.parts(index)
+    ranks = join(machine.target)
+    if not ranks.first:
+        bar, say, show = (lambda what, unit: lambda done, total: None), (lambda line: None), (lambda row: None)
+    with ranks.agreeing(in_turn=True):
+        train, test = task.parts(index)
     several = splits.MULTI_LABEL_SHOTS if train.multi_label else splits.SHOTS
     shots, trials = (None, 1) if options.full else (options.shots or several, options.trials or TRIALS)
-    models = {spec: load(spec) for spec in backbones}
-    size = options.size or common_size({spec: model.size for spec, model in models.items()})
+    with ranks.agreeing():
+        models = {spec: load(spec) for spec in backbones}
+        size = options.size or common_size({spec: model.size for spec, model in models.items()})
     say(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images, {size} px")
     record = {
         "command": "probe",
@@ -65,7 +74,7 @@ def probe(
     train, test = _needed(train, test, shots, trials, options.seed)
     for spec, model in models.items():
         model.on(machine.target)
-        arrays = [_features(spec, model, part, options, size, machine, bar) for part in (train, test)]
+        arrays = [_features(spec, model, part, options, size, machine, bar, ranks) for part in (train, test)]
         started = time.monotonic()
         result = few_shot(
             arrays[0],
@@ -83,6 +92,7 @@ def probe(
             device=machine.device,
             threads=machine.threads,
             progress=bar(f"probe {spec}", "trials"),
+            ranks=ranks,
         )
         row = _row(spec, result, train.classes, time.monotonic() - started) | {"architecture": model.architecture}
         record["results"].append(row)  # type: ignore[attr-defined]
@@ -99,10 +109,17 @@ def _needed(train: Subset, test: Subset, shots: int | None, trials: int, seed: i
 
 
 def _features(
-    spec: str, model: Classifier, part: Subset, options: ProbeOptions, size: int, machine: Machine, bar: Bar
+    spec: str,
+    model: Classifier,
+    part: Subset,
+    options: ProbeOptions,
+    size: int,
+    machine: Machine,
+    bar: Bar,
+    ranks: Ranks,
 ) -> NDArray[np.float32]:
     progress = bar(f"features {spec}", "images")
-    values = features(model, part.manifest, machine, size, options.batch_size, progress)[part.indices]
+    values = features(model, part.manifest, machine, size, options.batch_size, progress, ranks)[part.indices]
     if options.scale_features == "none":
         return values
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

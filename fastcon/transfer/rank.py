@@ -9,6 +9,7 @@ from fastcon.data.options import Index, Task
 from fastcon.machine import Machine
 from fastcon.models.load import load
 from fastcon.models.origin import origin
+from fastcon.ranks import join
 from fastcon.transfer.features import features
 from fastcon.transfer.logme import logme
 from fastcon.transfer.options import ProbeOptions
@@ -31,12 +32,17 @@ def rank(
     tau of both orders among the probed ones; None for fewer than three. Raises FastconError.
     """
     machine = machine.settled()
-    train, _ = task.parts(index)
+    ranks = join(machine.target)
+    if not ranks.first:
+        bar = lambda what, unit: lambda done, total: None  # noqa: E731
+    with ranks.agreeing(in_turn=True):
+        train, _ = task.parts(index)
     size = options.size or common_size({spec: load(spec).size for spec in models})
     rows: dict[str, dict[str, Any]] = {}
     for spec in models:  # one at a time: there may be hundreds
         model = load(spec).on(machine.target)
-        every = features(model, train.manifest, machine, size, options.batch_size, bar(f"features {spec}", "images"))
+        progress = bar(f"features {spec}", "images")
+        every = features(model, train.manifest, machine, size, options.batch_size, progress, ranks)
         rows[spec] = {"backbone": spec, **origin(spec), "logme": logme(every[train.indices], train.labels)}
     by_logme = sorted(rows, key=lambda spec: -rows[spec]["logme"])
     chosen = by_logme[:top]
