@@ -7,13 +7,21 @@ Without OUT, `python collect.py` prints the tables of all records.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-OVERLAYS = {"resnet18": (), "lite0": ("lite0",), "lite0-balance": ("lite0", "balance"), "views": ("views",)}
+OVERLAYS = {
+    "resnet18": (),
+    "lite0": ("lite0",),
+    "lite0-balance": ("lite0", "balance"),
+    "views": ("views",),
+    "three": ("three",),
+    "five": ("five",),
+}
 """Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")
 
@@ -49,7 +57,7 @@ def tables(record: dict[str, Any]) -> str:
     """Every teacher's task and the others: accuracies, and differences to the generalist, paired over the draws."""
     rows = record["rows"]
     general = {row["task"]: row for row in rows if row["method"] == "generalist"}
-    cells: dict[str, dict[str, list[list[float]]]] = {method: {"related": [], "unrelated": []} for method in METHODS}
+    cells: dict[str, dict[str, list[list[float]]]] = {}
     lines = ["| task | representation | accuracy | against the generalist |", "|---|---|---|---|"]
     for task in sorted(general):
         base = general[task]["accuracies"]
@@ -57,18 +65,25 @@ def tables(record: dict[str, Any]) -> str:
         for row in sorted((r for r in rows if r["task"] == task), key=lambda r: (r["teachers"], r["backbone"])):
             if row["method"] not in METHODS:
                 continue
-            related = task.partition(":")[0].partition("-split")[0] == row["teachers"][0].partition("-split")[0]
+            related = _data(task) in map(_data, row["teachers"])
             difference = [a - b for a, b in zip(row["accuracies"], base, strict=True)]
-            cells[row["method"]]["related" if related else "unrelated"].append(difference)
+            kind = row["method"] + (f", {len(row['teachers'])} teachers" if len(row["teachers"]) > 1 else "")
+            kinds = cells.setdefault(kind, {"related": [], "unrelated": []})
+            kinds["related" if related else "unrelated"].append(difference)
             mark = "**" if related else ""
             lines.append(
                 f"| {task} | {mark}{row['backbone']}{mark} | {_mean(row['accuracies'])} | {_mean(difference, '+')} |"
             )
     head = ["", "| mean difference to the generalist, points | related | unrelated |", "|---|---|---|"]
-    for method in METHODS:
-        kinds = [_over(cells[method][kind]) for kind in ("related", "unrelated")]
-        head.append(f"| {method} | {kinds[0]} | {kinds[1]} |")
+    for method in sorted(cells, key=lambda kind: (METHODS.index(kind.partition(",")[0]), kind)):
+        both = [_over(cells[method][kind]) for kind in ("related", "unrelated")]
+        head.append(f"| {method} | {both[0]} | {both[1]} |")
     return "\n".join([*head[1:], "", *lines])
+
+
+def _data(task: str) -> str:
+    """The data set of a task or a teacher, without its split and part: "aid" of "aid:d-split1", "aid-2of5"."""
+    return re.split(r":|-split|-\d+of\d+", task)[0]
 
 
 def _over(cells: list[list[float]]) -> str:
