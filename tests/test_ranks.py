@@ -148,7 +148,17 @@ def test_the_other_commands(tmp_path, labelled_folder, generalist_file):
                     ["finetune", str(generalist_file), *tune, "0.0001", "--shots", "5", "--trials", "2", *out["tuned"]],
                     ["probe", *models, *task, "--trials", "5", "--size", "32"],
                     ["rank", *models, *task, "--trials", "5", "--size", "32"],
-                    ["evaluate", models[1], "--test", str(labelled_folder), "--holdout", "0.4", "--split", "t", *task[6:]],
+                    [
+                        "evaluate",
+                        models[1],
+                        "--test",
+                        str(labelled_folder),
+                        "--holdout",
+                        "0.4",
+                        "--split",
+                        "t",
+                        *task[6:],
+                    ],
                 ]
             )
         ]
@@ -157,7 +167,17 @@ def test_the_other_commands(tmp_path, labelled_folder, generalist_file):
     for told in alone:
         assert told.exit_code == 0, told.output
     together = commands(tmp_path / "two")
-    small = ["teach", "--init", str(generalist_file), *tune, "0.0001", "--out", str(tmp_path / "x"), "--batch-size", "1"]
+    small = [
+        "teach",
+        "--init",
+        str(generalist_file),
+        *tune,
+        "0.0001",
+        "--out",
+        str(tmp_path / "x"),
+        "--batch-size",
+        "1",
+    ]
     lost = ["teach", "--init", "nowhere.safetensors", *tune, "0.0001", "--out", str(tmp_path / "x")]
     *lines, again, few, nowhere = ranked(2, *together, together[0], small, lost)
     for one, two in zip(alone, lines, strict=True):

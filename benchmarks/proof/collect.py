@@ -21,6 +21,7 @@ OVERLAYS = {
     "views": ("views",),
     "three": ("three",),
     "five": ("five",),
+    "even": ("three", "even"),
 }
 """Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")

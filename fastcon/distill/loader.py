@@ -9,8 +9,9 @@ import copy
 import itertools
 import os
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +29,15 @@ from fastcon.kernels.multihead_ce import QuantisedLogits, Segments
 from fastcon.machine import Machine
 from fastcon.models.classifier import Head
 from fastcon.store.codec import Parts, Quantised
+from fastcon.store.files import is_url
 from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.pixels import check_pixels
 from fastcon.store.reader import Stored
 from fastcon.store.replay import Replay
 
+AHEAD = 64
+"""Batches ahead of the present one whose chunks are fetched from object storage."""
 _Rows = tuple[Tensor | QuantisedLogits, NDArray[np.int64], Tensor | None]
 """Logits, image indices and labels of a batch, as in `Batch`."""
 
@@ -185,6 +189,26 @@ class Loader:
             rows.close()
             pixels.close()  # type: ignore[attr-defined]
 
+    def _rows_ahead(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """As `_rows`, where a store is in object storage with the chunks of the next AHEAD batches on their way."""
+        if not is_url(self.store.path):
+            yield from self._rows(plan)
+            return
+        asked: tuple[int, set[int]] = (-1, set())
+        waiting: deque[tuple[int, NDArray[np.int64]]] = deque()
+        with ThreadPoolExecutor(1) as asking:  # opening a part takes a few requests
+            for number, rows in self._rows(plan):
+                if asked[0] != number:
+                    asked = number, set()
+                chunks = set(self.store.chunking.locate(rows)[0].tolist()) - asked[1]
+                asked[1].update(chunks)
+                for chunk in sorted(chunks):
+                    asking.submit(self.store.ahead, self.names, number, chunk)
+                waiting.append((number, rows))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft()
+            yield from waiting
+
     def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for epoch, skip in plan:
             for rows in self.schedule.batches(epoch, skip, self._lanes):
@@ -195,7 +219,7 @@ class Loader:
         chunks = LogitCache(self.store, self.names, keep=2 * self.schedule.lanes)
         replay = Replay(self.store, self.manifest, keep=2 * self.schedule.lanes)
         manifest = self.manifest if self.manifest is not None and self.manifest.has_labels else None
-        for number, rows in self._rows(plan):
+        for number, rows in self._rows_ahead(plan):
             stacked, indices = chunks.stacked(number, rows), replay.indices(number, rows)
             labels = None if manifest is None else torch.from_numpy(manifest.labels_of(indices))
             yield stacked, indices, labels

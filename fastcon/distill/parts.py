@@ -22,7 +22,7 @@ from fastcon.machine import Machine, rank
 from fastcon.models import frozen
 from fastcon.store import parts
 from fastcon.store.codec import check_kind
-from fastcon.store.format import is_url
+from fastcon.store.files import is_url
 from fastcon.store.images import manifest_of
 from fastcon.store.parts import Binding, Bound, Shared
 from fastcon.store.pixels import check_pixels
@@ -46,7 +46,7 @@ def make(
     """Make a store with or without parts, as the options say or as it is; returns the number of rows computed."""
     if in_parts(path, options):
         if is_url(path):
-            raise FastconError(f"{path}: parts are folders so far; make them in one, or leave out `parts` and `part`")
+            raise FastconError(f"{path}: parts are written in folders: make them in one, and copy it there")
         shared = ImageSet(images.sources) if isinstance(images, Manifest) else images
         return precompute(path, shared, teachers, options, views, machine, progress, say)
     manifest = images if isinstance(images, Manifest) else images.manifest()

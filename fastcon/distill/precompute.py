@@ -33,7 +33,8 @@ from fastcon.models.origin import taught
 from fastcon.run import stop_signals
 from fastcon.store import bake
 from fastcon.store.codec import Parts, codec
-from fastcon.store.format import Recipe, TeacherRecord, check_name, is_url
+from fastcon.store.files import is_url
+from fastcon.store.format import Recipe, TeacherRecord, check_name
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
 from fastcon.store.replay import Replay

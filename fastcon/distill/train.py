@@ -33,6 +33,7 @@ from fastcon.models.classifier import Classifier, choose_batch_norm
 from fastcon.ranks import Ranks, join
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
+from fastcon.store.files import keep_at_most
 from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.reader import Stored
@@ -60,6 +61,7 @@ def train(
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
     options, upkeep, machine = options or TrainOptions(), upkeep or Upkeep(), machine or Machine()
+    keep_at_most(upkeep.cache)
     ranks, labels = join(machine.target), options.labels
     if not ranks.first:
         say, progress = (lambda line: None), None

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
@@ -258,11 +257,6 @@ def check_name(name: str) -> None:
         raise FastconError(
             f"{name!r} cannot name a teacher: letters, digits, '.', '_' and '-', at most 64, are allowed"
         )
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a store lies in object storage (s3://…) rather than in a folder."""
-    return "://" in os.fspath(path)
 
 
 def checksum(rows: NDArray[Any], before: int = 0) -> int:

@@ -25,7 +25,8 @@ from fastcon.errors import FastconError, one_line
 from fastcon.files import write_atomically
 from fastcon.store import writer
 from fastcon.store.chunks import Chunks
-from fastcon.store.format import FORMAT, Recipe, TeacherRecord, is_url, record_digest
+from fastcon.store.files import get, is_url
+from fastcon.store.format import FORMAT, Recipe, TeacherRecord, record_digest
 from fastcon.store.reader import Store, Stored
 
 FILE = "parts.json"
@@ -185,18 +186,18 @@ def opened(path: str | os.PathLike[str]) -> Store | StoreOfParts:
 
 def has_parts(path: str) -> bool:
     """Whether a store in parts is there, finished or not."""
-    return not is_url(path) and Path(path, FILE).is_file()
+    return get(path, FILE) is not None if is_url(path) else Path(path, FILE).is_file()
 
 
 def folder(path: str, number: int) -> str:
     """Where a part lies."""
-    return os.path.join(path, f"part-{number:05d}")
+    return os.path.join(path, f"part-{number:05d}")  # also of a URL
 
 
 def read(path: str) -> Binding:
     """The record of a store in parts. Raises FastconError where it is damaged."""
     try:
-        return Binding.parse(Path(path, FILE).read_bytes())
+        return Binding.parse((get(path, FILE) or b"") if is_url(path) else Path(path, FILE).read_bytes())
     except Exception as error:
         raise FastconError(
             f"{path}/{FILE} is missing or damaged ({one_line(error)}): remove it and run `fastcon precompute` again, which "
@@ -207,6 +208,10 @@ def read(path: str) -> Binding:
 def forget(path: str | os.PathLike[str], name: str) -> None:
     """Remove a teacher from a store, with parts or without; cut off, running it again ends it. Raises FastconError."""
     path = os.fspath(path)
+    if is_url(path) and has_parts(path):
+        raise FastconError(
+            f"{path}: parts are written in folders; forget it in the one this is a copy of, and copy that"
+        )
     if not has_parts(path):
         writer.forget(path, name)
         return

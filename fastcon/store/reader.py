@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastcon.errors import FastconError, one_line
 from fastcon.store import arrays
 from fastcon.store.chunks import Chunks
 from fastcon.store.codec import Codec, Parts, codec
+from fastcon.store.files import Direct, Files, Unreachable, files_of, is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,
@@ -30,7 +32,6 @@ from fastcon.store.format import (
     View,
     checksum,
     digest,
-    is_url,
     layout,
     record_digest,
 )
@@ -84,6 +85,11 @@ class Stored(abc.ABC):
     def require(self, name: str, views: int) -> None:
         """Raise FastconError where not all logits of a teacher are there, for the first `views` views."""
 
+    def ahead(self, names: Sequence[str], view: int, chunk: int) -> None:
+        """Begin to fetch what is needed of a chunk, where it is not on this machine."""
+        part, inside = self.chunking.place(chunk)
+        self.part(part).ahead(names, view, inside)
+
     def logits(self, name: str, view: int, chunk: int) -> NDArray[Any]:
         """One chunk of a teacher's logits [rows, C], verified. Raises FastconError for an absent or damaged one."""
         return self.codec(name).decode(self.parts(name, view, chunk), len(self.teachers[name].classes))
@@ -108,7 +114,10 @@ class Store(Stored):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._group = arrays.open_group(self.path, "r")
+        self._files = self._files_of(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            self._files.path("zarr.json")
+        self._group = arrays.open_group(self._files.root, "r", self.path)
         record = dict(self._group.attrs).get("fastcon")
         if not isinstance(record, dict):
             raise FastconError(
@@ -133,6 +142,10 @@ class Store(Stored):
                 f"{self.path} has a malformed record ({one_line(error)}): make the store again"
             ) from error
 
+    @staticmethod
+    def _files_of(path: str) -> Files:
+        return files_of(path)
+
     def _take(self, record: Record) -> None:
         self.record, self.layout = record, layout(record)
         self.recipe, self.views, self.teachers = record.recipe, record.views, record.teachers
@@ -149,8 +162,13 @@ class Store(Stored):
 
     def view(self, view: int) -> View:
         """Order, boxes and flips of a view, checked against the record's digest."""
+        self._files.ahead(self._view_files(view))
         columns = [self._read(name, view) for name in VIEW_COLUMNS]
-        if digest(*columns) != self.record.view_digests[view]:
+        wrong = digest(*columns) != self.record.view_digests[view]
+        if wrong and self._files.drop(self._view_files(view)):
+            columns = [self._read(name, view) for name in VIEW_COLUMNS]
+            wrong = digest(*columns) != self.record.view_digests[view]
+        if wrong:
             raise FastconError(
                 f"{self.path}: the recorded order, boxes or flips of view {view} are missing or damaged; "
                 "`fastcon verify --repair` writes them anew from the recipe"
@@ -169,6 +187,8 @@ class Store(Stored):
 
     def image_name(self, index: int) -> str:
         """The name of an image, relative to its source."""
+        self._need("images/name_ends")
+        self._need("images/names")
         ends = self._array("images/name_ends")
         start = int(ends[index - 1]) if index else 0
         return os.fsdecode(np.asarray(self._array("images/names")[start : int(ends[index])]).tobytes())
@@ -197,13 +217,38 @@ class Store(Stored):
                 f"{len(unfinished)} chunks in all): run `fastcon precompute` again, it resumes"
             )
 
+    def ahead(self, names: Sequence[str], view: int, chunk: int) -> None:
+        """See `Stored`."""
+        files = [file for name in names for file in self._chunk_files(name, view, chunk)]
+        shards = [self._shard_name(view, chunk)] if self.recipe.bake is not None else []
+        self._files.ahead([*self._view_files(view), *files, *shards])
+
+    def _view_files(self, view: int) -> list[str]:
+        return [f"{name}/c/{view}" + "/0" * (len(self.layout[name].shape) - 1) for name in VIEW_COLUMNS]
+
+    def _chunk_files(self, name: str, view: int, chunk: int) -> list[str]:
+        """The files of a chunk's parts."""
+        parts = self.codec(name).parts(len(self.teachers[name].classes))
+        return [f"{self._path(name, part)}/c/{view}/{chunk}/0" for part in parts]
+
     def parts(self, name: str, view: int, chunk: int) -> Parts:
         """See `Stored`."""
+        try:
+            return self._parts(name, view, chunk)
+        except Unreachable:
+            raise
+        except FastconError:
+            if not self._files.drop(self._chunk_files(name, view, chunk)):
+                raise
+            return self._parts(name, view, chunk)
+
+    def _parts(self, name: str, view: int, chunk: int) -> Parts:
         start, stop = self.chunk_range(chunk)
         where = f"{self.path}: teacher {name!r}, view {view}, chunk {chunk} (rows {start} to {stop - 1})"
         expected = self._checksum(name, view, chunk)
         if expected < 0:
             raise FastconError(f"{where} is not computed yet: run `fastcon precompute` again, it resumes")
+        self._files.ahead(self._chunk_files(name, view, chunk))
         parts: Parts = {}
         crc = 0
         for part in self.codec(name).parts(len(self.teachers[name].classes)):
@@ -212,6 +257,8 @@ class Store(Stored):
                 rows, crc_of_rows = self._read_chunk(array, view, chunk)
             except FileNotFoundError:
                 raise FastconError(f"{where} is missing: `fastcon verify --repair` computes it again") from None
+            except Unreachable:
+                raise
             except Exception as error:
                 raise FastconError(
                     f"{where} is damaged ({one_line(error)}): `fastcon verify --repair` computes it again"
@@ -237,14 +284,14 @@ class Store(Stored):
         padded) and their CRC-32C. That is twice as fast as Zarr's way to the same bytes.
         """
         start, stop = self.chunk_range(chunk)
-        if is_url(self.path):
+        if isinstance(self._files, Direct):
             values = np.ascontiguousarray(array[view, start:stop])
             return values, checksum(values)
         layout = self.layout[array.path]
         rows, width = layout.chunks[1:]
         data = np.empty((rows, width), layout.dtype)
         tail = bytearray(5)  # a file that is too long fills it
-        file = os.path.join(self.path, array.path, f"c/{view}/{chunk}/0")
+        file = self._files.path(f"{array.path}/c/{view}/{chunk}/0")
         fd = os.open(file, os.O_RDONLY)
         try:
             whole = os.readv(fd, [data.data, tail]) == data.nbytes + 4
@@ -266,12 +313,23 @@ class Store(Stored):
 
     def shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
         """See `Stored`."""
-        path = self._shard_path(view, chunk)
+        try:
+            return self._shard(view, chunk)
+        except Unreachable:
+            raise
+        except FastconError:
+            if not self._files.drop([self._shard_name(view, chunk)]):
+                raise
+            return self._shard(view, chunk)
+
+    def _shard(self, view: int, chunk: int) -> list[NDArray[np.uint8]]:
+        path = os.path.join(self.path, self._shard_name(view, chunk))
         expected = int(self._read("baked/checksums", view)[chunk])
         if expected < 0:
             raise FastconError(f"{path} is not baked yet: run `fastcon precompute` again, it resumes")
         try:
-            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slicing it is cheaper
+            local = self._files.path(self._shard_name(view, chunk))
+            data = np.asarray(np.memmap(local, dtype=np.uint8, mode="r"))  # a plain array: slicing it is cheaper
         except (OSError, ValueError) as error:
             raise FastconError(f"{path} is missing or empty: `fastcon verify --repair` bakes it again") from error
         if checksum(data) != expected:
@@ -284,8 +342,8 @@ class Store(Stored):
             at += 512 + size + -size % 512
         return files
 
-    def _shard_path(self, view: int, chunk: int) -> str:
-        return os.path.join(self.path, f"shards/view-{view:03d}/chunk-{chunk:05d}.tar")
+    def _shard_name(self, view: int, chunk: int) -> str:
+        return f"shards/view-{view:03d}/chunk-{chunk:05d}.tar"
 
     def weights(self, name: str) -> bytes:
         """See `Stored`."""
@@ -330,7 +388,10 @@ class Store(Stored):
         """An array of the store; opened once, and refused where its metadata are not what the record implies."""
         if path not in self._arrays:
             try:
+                self._files.path(f"{path}/zarr.json")
                 self._arrays[path] = arrays.existing(self._group, path, self.layout[path])
+            except Unreachable:
+                raise
             except Exception as error:
                 raise FastconError(
                     f"{self.path}: array {path!r} is missing or damaged ({one_line(error)}); `fastcon verify --repair` "
@@ -342,33 +403,42 @@ class Store(Stored):
         """An array's values. Damaged data raise; missing data too, except checksums, which then say "not done"."""
         array, layout = self._array(path), self.layout[path]
         try:
-            if layout.fill == 0 and not is_url(self.path):  # Zarr would return zeros
-                numbers = (
-                    range(-(-layout.shape[0] // layout.chunks[0])) if index is None else [index // layout.chunks[0]]
-                )
-                for number in numbers:
-                    os.stat(os.path.join(self.path, path, f"c/{number}" + "/0" * (len(layout.shape) - 1)))
+            self._need(path, index)
             return np.ascontiguousarray(array[: layout.shape[0]] if index is None else array[index])
+        except Unreachable:
+            raise
         except Exception as error:
             raise FastconError(
                 f"{self.path}: array {path!r} is missing or damaged ({_reason(error)}); `fastcon verify --repair` mends "
                 "what can be mended"
             ) from error
 
-    def damaged_metadata(self) -> list[str]:
-        """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies.
+    def _need(self, path: str, index: int | None = None) -> None:
+        """Have the chunks of an array on this machine. Raises FileNotFoundError, where Zarr would return zeros."""
+        layout = self.layout[path]
+        numbers = range(-(-layout.shape[0] // layout.chunks[0])) if index is None else [index // layout.chunks[0]]
+        files = [f"{path}/c/{number}" + "/0" * (len(layout.shape) - 1) for number in numbers]
+        self._files.ahead(files)
+        for file in files:
+            with contextlib.suppress(FileNotFoundError) if layout.fill else contextlib.nullcontext():
+                self._files.path(file)
 
-        From a folder; of a store in object storage none is looked at but those of arrays, on use.
-        """
-        if is_url(self.path):
-            return []
-        return [
-            name for name, data in self.metadata_files().items() if not arrays.same_json(Path(self.path, name), data)
-        ]
+    def damaged_metadata(self) -> list[str]:
+        """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies."""
+        files = self.metadata_files()
+        self._files.ahead(files)
+        return [name for name, data in files.items() if not self._same(name, data)]
+
+    def _same(self, name: str, data: bytes) -> bool:
+        try:
+            return arrays.same_json(Path(self._files.path(name)), data)
+        except FileNotFoundError:
+            return False
 
     def metadata_files(self) -> dict[str, bytes]:
         """Name → bytes of every metadata file of the store, as they must be."""
-        files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()}), COPY: record_file(self.record)}
+        files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()})}
+        files |= {} if is_url(self.path) else {COPY: record_file(self.record)}  # which only folders have
         for path, array_layout in self.layout.items():
             parts = path.split("/")
             files |= {"/".join([*parts[:k], "zarr.json"]): arrays.group_file({}) for k in range(1, len(parts))}

@@ -22,6 +22,7 @@ from fastcon.errors import Busy, FastconError
 from fastcon.files import write_atomically
 from fastcon.store import arrays
 from fastcon.store.codec import Parts, check_kind
+from fastcon.store.files import Direct, Files, Folder, is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,
@@ -36,7 +37,6 @@ from fastcon.store.format import (
     check_name,
     checksum,
     digest,
-    is_url,
     layout,
     record_digest,
 )
@@ -45,6 +45,10 @@ from fastcon.store.reader import Store, record_file, sample_rows
 
 class StoreWriter(Store):
     """A store opened for writing: one process at a time. Create or reopen it with `open_for_writing`."""
+
+    @staticmethod
+    def _files_of(path: str) -> Files:
+        return Direct(path) if is_url(path) else Folder(path)
 
     def grow(self, manifest: Manifest, view_count: int) -> None:
         """Record the order, boxes and flips of views up to `view_count`, where they are not there yet."""
@@ -111,10 +115,10 @@ class StoreWriter(Store):
         expected, crc = int(checksums[view, chunk]), checksum(np.frombuffer(data, dtype=np.uint8))
         if expected not in (-1, crc):
             raise FastconError(
-                f"{self._shard_path(view, chunk)} would come out with other bytes than the teachers saw, from another "
+                f"{self._shard_name(view, chunk)} of {self.path} would come out with other bytes than the teachers saw, from another "
                 "version of Pillow or DALI: repair it with the versions that baked it, or make a new store"
             )
-        path = Path(self._shard_path(view, chunk))
+        path = Path(self.path, self._shard_name(view, chunk))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
         checksums[view, chunk] = crc
@@ -196,7 +200,7 @@ class StoreWriter(Store):
         """The checksum of a chunk as it is on disk (name None: of a shard); -1 where it is missing or damaged."""
         try:
             if name is None:
-                return checksum(np.fromfile(self._shard_path(view, chunk), dtype=np.uint8))
+                return checksum(np.fromfile(Path(self.path, self._shard_name(view, chunk)), dtype=np.uint8))
             crc = 0
             for part in self.codec(name).parts(len(self.teachers[name].classes)):
                 crc = checksum(self._read_chunk(self._array(self._path(name, part)), view, chunk)[0], crc)
