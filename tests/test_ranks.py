@@ -199,6 +199,9 @@ def test_the_other_commands(tmp_path, labelled_folder, generalist_file):
     assert len(moved) > 50
     for key in moved:
         assert np.linalg.norm(ours[key] - theirs[key]) <= 5e-2 * np.linalg.norm(ours[key] - start[key]), key
+    one, two = ((tmp_path / who / "taught" / "metrics-final.jsonl").read_text().splitlines() for who in ("one", "two"))
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
     assert "is finished: nothing to do" in again[0]["output"]
     assert again[1]["output"] == ""
     for failed, text in ((few, "a batch of 1 images cannot be shared by 2 ranks"), (nowhere, "no such weights file")):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 PANELS = {
     "resnet18": "ResNet18 of Tiny-ImageNet, 64 px\nbalance 1:1, 2 epochs",
+    "three": "ResNet18 of Tiny-ImageNet, 64 px\nbalance 1:3, 4 epochs",
     "lite0": "EfficientNet-Lite0 of ImageNet, 96 px\nbalance 1:1, 2 epochs",
     "lite0-balance": "EfficientNet-Lite0 of ImageNet, 96 px\nbalance 1:3, 4 epochs",
 }
@@ -25,7 +26,7 @@ def draw(axes: matplotlib.axes.Axes, record: dict) -> None:
     rows = record["rows"]
     general = {row["task"]: np.array(row["accuracies"]) for row in rows if row["method"] == "generalist"}
     for y, method in enumerate(METHODS):
-        chosen = [row for row in rows if row["method"] == method]
+        chosen = [row for row in rows if row["method"] == method and len(row["teachers"]) == 1]
         for related, colour, side in ((True, RELATED, -0.16), (False, UNRELATED, 0.16)):
             gains = [
                 np.array(row["accuracies"]) - general[row["task"]]
@@ -50,8 +51,8 @@ def draw(axes: matplotlib.axes.Axes, record: dict) -> None:
 
 def main() -> None:
     """Draw the panels side by side."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS), sharex=True), PANELS.items(), strict=True):
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
         draw(axes, json.loads((HERE / "results" / f"{name}.json").read_text()))
         axes.set_title(title, fontsize=9)
     last = figure.axes[-1]
