@@ -187,6 +187,7 @@ def test_the_place_cannot_be_reached(bucket, store_path, monkeypatch, tmp_path):
         store.logits("general", 0, 0)
     bucket.failing = 0.0
     assert np.array_equal(store.logits("general", 0, 0), Store(store_path).logits("general", 0, 0))  # it was no damage
+    store.view(0), store.samples()
     store._files.path = lambda name: (_ for _ in ()).throw(files.Unreachable("gone"))
     for read in (lambda: store.view(0), lambda: store.logits("general", 0, 0), store.samples):
         with pytest.raises(FastconError, match=r"^gone$"):  # not called damaged
