@@ -101,6 +101,20 @@ class Ranks:
         """Which of `count` things this rank does: consecutive ones, those of all ranks in their order."""
         return range(self.number * count // self.count, (self.number + 1) * count // self.count)
 
+    def error(self, text: str) -> FastconError:
+        """An error that all ranks come to by themselves, to be said by the first."""
+        return FastconError(text) if self.first else Told(text)
+
+    def align(self, module: nn.Module) -> None:
+        """Give all ranks the buffers of the first."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        with self.lost():
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     @contextlib.contextmanager
     def agreeing(self, in_turn: bool = False) -> Iterator[None]:
         """What every rank does by itself; if one of them fails, all do, and the error is said once.
@@ -133,7 +147,7 @@ class Ranks:
         if other is not None:
             keys = sorted(key for key in values[0] if values[0][key] != values[other].get(key))
             text = f"rank {other} has {what} than rank 0: {keys[0] if keys else 'others'} differ"
-            raise (FastconError if self.first else Told)(text)
+            raise self.error(text)
 
     def parallel(self, model: nn.Module, buffers: bool) -> nn.Module:
         """The model with its gradients averaged over all ranks; buffers: whether training changes buffers."""

@@ -10,6 +10,7 @@ import abc
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,8 @@ class Tracker(abc.ABC):
         """One row, at its step."""
 
     @abc.abstractmethod
-    def close(self) -> None:
-        """Hand over what is left."""
+    def close(self, ended: bool) -> None:
+        """Hand over what is left; ended: whether the run came to its end."""
 
 
 def tracker(name: str, run: Run, step: int) -> Tracker:
@@ -61,7 +62,7 @@ class _TensorBoard(Tracker):
         for key, value in numbers(row).items():
             self._writer.add_scalar(key, value, row["step"])
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         self._writer.close()
 
 
@@ -80,12 +81,12 @@ class _WandB(Tracker):
         if row["step"] >= self._run.step:
             self._run.log(numbers(row), step=row["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, ended: bool) -> None:
+        self._run.finish(0 if ended else 1)
 
 
 class _MLflow(Tracker):
-    """A run of the experiment "fastcon", or of MLFLOW_EXPERIMENT_NAME."""
+    """A run of the experiment "fastcon", or of MLFLOW_EXPERIMENT_NAME; rows that were sent before are left out."""
 
     def __init__(self, run: Run, step: int) -> None:
         mlflow = optional_import("mlflow", "mlflow")
@@ -101,13 +102,18 @@ class _MLflow(Tracker):
             return begun
 
         self._id = _kept(run, "mlflow.id", begin)
+        self._metric = mlflow.entities.Metric
+        self._last = max((metric.step for metric in self._client.get_metric_history(self._id, "loss")), default=-1)
 
     def write(self, row: dict[str, Any]) -> None:
-        for key, value in numbers(row).items():
-            self._client.log_metric(self._id, key, value, step=row["step"])
+        if row["step"] > self._last:
+            now, step = int(1000 * time.time()), row["step"]
+            self._client.log_batch(
+                self._id, [self._metric(key, value, now, step) for key, value in numbers(row).items()]
+            )
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, ended: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if ended else "KILLED")
 
 
 TRACKERS: dict[str, Callable[[Run, int], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}

@@ -4,7 +4,7 @@ of the words of a command.
 Each rank prints one JSON line a call: what it was told, how many steps it took, the last row of metrics or the error; of a
 command what it printed, and its exit code.
 "die": [rank, step] kills a rank with SIGKILL at a step, "stop": [rank, step] sends it SIGTERM; "only": {rank: arguments that
-it alone gets}.
+it alone gets}. Among the words of teach or finetune "stop@4" sends rank 1 SIGTERM at the fourth step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,20 @@ from fastcon.ranks import Told
 def run(call: dict | list) -> None:
     number, said = rank()[0], []
     if isinstance(call, list):
-        told = CliRunner().invoke(main, call)
+        from fastcon.transfer import finetune
+
+        stop = [int(word.partition("@")[2]) for word in call if word.startswith("stop@")]
+        real_rate, seen = finetune.set_rate, []
+
+        def stopping(*args):
+            seen.append(1)
+            if [len(seen)] == stop and number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real_rate(*args)
+
+        finetune.set_rate = stopping
+        told = CliRunner().invoke(main, [word for word in call if not word.startswith("stop@")])
+        finetune.set_rate = real_rate
         line = {"rank": number, "output": told.output, "code": told.exit_code, "error": repr(told.exception)}
         os.write(1, f"{json.dumps(line)}\n".encode())
         return

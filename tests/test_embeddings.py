@@ -25,6 +25,7 @@ from fastcon.distill.relate import relate
 from fastcon.distill.train import train
 from fastcon.distill.verify import _distance, verify
 from fastcon.errors import FastconError
+from fastcon.models.classifier import Head
 from fastcon.models.load import load
 from fastcon.report.figures import curves
 from fastcon.report.results import read
@@ -97,6 +98,10 @@ def test_your_own_tower(tmp_path):
     torch.save({k: v + 1 for k, v in tower().state_dict().items()}, tmp_path / "tower.pt")
     other = load(f"python:test_embeddings:tower@{tmp_path}/tower.pt?size=64&kind=embedding")
     assert other.digest() != model.digest()
+    again = load("python:test_embeddings:tower?size=64&kind=embedding&seed=5")
+    assert again.digest() == load("python:test_embeddings:tower?size=64&kind=embedding").digest()
+    with pytest.raises(FastconError, match="as an embedding is a teacher for precompute, and no network to train"):
+        model.replace_heads([Head("x", ("a", "b"))], keep={}, seed=0)
     with pytest.raises(FastconError, match=r"returns \(1, 4, 64, 64\) for an image, not an embedding \[1, D\]"):
         load("python:test_embeddings:maps?size=64&kind=embedding")
 
@@ -194,6 +199,7 @@ def test_its_head_is_a_model_of_its_own(trained):
     with torch.no_grad():
         torch.testing.assert_close(head(given), whole.split(whole(given))["features"])
         assert torch.equal(load(f"{trained}?kind=embedding")(given), whole.features(given))
+    assert load(f"{trained}?size=64&kind=embedding").size == 64
 
 
 def test_the_features_of_a_run_whose_head_0_is_not_trained(stores, tmp_path):

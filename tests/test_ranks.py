@@ -179,7 +179,31 @@ def test_the_other_commands(tmp_path, labelled_folder, generalist_file):
         "1",
     ]
     lost = ["teach", "--init", "nowhere.safetensors", *tune, "0.0001", "--out", str(tmp_path / "x")]
-    *lines, again, few, nowhere = ranked(2, *together, together[0], small, lost)
+    batch = [
+        "teach",
+        "--init",
+        str(generalist_file),
+        *task,
+        "--epochs",
+        "3",
+        "--batch-size",
+        "14",
+        "--batch-norm",
+        "batch",
+    ]
+    batch += ["--lr-grid", "0.0001", "--out", str(tmp_path / "batch")]
+    *lines, again, few, nowhere, stopped, resumed = ranked(
+        2, *together, together[0], small, lost, [*batch, "stop@2"], [*batch, "--json", str(tmp_path / "batch.json")]
+    )
+    assert [line["code"] for line in stopped] == [75, 75]
+    assert "stopped by signal 15 at step 2 of 3, saved" in stopped[0]["output"]
+    assert stopped[1]["output"] == ""
+    assert [line["code"] for line in resumed] == [0, 0]
+    judged = ["evaluate", str(tmp_path / "batch"), *together[4][2:8], "--device", "cpu", "--precision", "float32"]
+    told = CliRunner().invoke(main, [*judged, "--json", str(tmp_path / "judged.json")])
+    assert told.exit_code == 0, told.output  # the network that was written is the one that was measured
+    accuracies = [json.loads((tmp_path / name).read_text())["accuracy"] for name in ("batch.json", "judged.json")]
+    assert accuracies[0] == accuracies[1]
     for one, two in zip(alone, lines, strict=True):
         first, second = two
         assert (first["code"], second["code"], second["output"]) == (0, 0, ""), two

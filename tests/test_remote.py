@@ -124,12 +124,12 @@ def test_the_next_chunks_come_while_these_are_used(bucket, store_path, proxy):
 
 def test_a_bound_on_what_is_kept(bucket, store_path, monkeypatch):
     url = bucket.put(store_path, "bound")
-    monkeypatch.setattr(files, "LIMIT", 4000)
+    monkeypatch.setattr(files._Kept, "limit", 4000)
     store, local = Store(url), Store(store_path)
     for view in range(2):
         for chunk in range(3):
             assert np.array_equal(store.logits("general", view, chunk), local.logits("general", view, chunk))
-    assert 0 < sum(size for _, size, _ in files.Bucket(url)._lasting()) <= 4000
+    assert 0 < sum(size for _, size, _ in files._lasting(cache_folder("stores"))) <= 4000
     assert np.array_equal(store.logits("general", 0, 0), local.logits("general", 0, 0))  # fetched anew
 
 
@@ -161,6 +161,20 @@ def test_what_is_damaged_there_is_an_error(bucket, store_path, tmp_path):
         Store(url)
 
 
+def test_verify_looks_at_what_is_there(bucket, store_path, proxy):
+    url, there = bucket.put(store_path, "looked"), s3fs.S3FileSystem()
+    for chunk in range(3):
+        Store(url).logits("general", 0, chunk)
+    there.pipe("bucket/looked/teachers/general/logits/c/0/1/0", b"rubbish")
+    failed = {check.what for check in verify(url, proxy, 0, MACHINE) if not check.passed}
+    assert failed == {"general: chunks"}
+    with pytest.raises(FastconError, match="is a copy: `repair` the folder that it was made in"):
+        verify(url, proxy, 0, MACHINE, repair=True)
+    there.rm("bucket/looked/zarr.json")
+    with pytest.raises(FastconError, match="s3://bucket/looked is no fastcon store"):  # whatever is still here
+        Store(url)
+
+
 def test_a_store_that_grows_is_seen_to(bucket, store_path, tmp_path, proxy, teachers):
     """A new view and teacher are there once it is opened again: nothing of the record is kept."""
     folder = tmp_path / "s"
@@ -183,7 +197,9 @@ def test_the_place_cannot_be_reached(bucket, store_path, monkeypatch, tmp_path):
     store = Store(url)
     bucket.failing = 1.0
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    with pytest.raises(FastconError, match=r"^s3://bucket/silent/.* could not be fetched .*: run the same command again"):
+    with pytest.raises(
+        FastconError, match=r"^s3://bucket/silent/.* could not be fetched .*: run the same command again"
+    ):
         store.logits("general", 0, 0)
     bucket.failing = 0.0
     assert np.array_equal(store.logits("general", 0, 0), Store(store_path).logits("general", 0, 0))  # it was no damage
@@ -216,7 +232,7 @@ def test_a_store_written_there(bucket, proxy, teachers, store_path):
 
 
 def test_the_bound_by_the_command_line(bucket, store_path, tmp_path, proxy_folder, monkeypatch):
-    monkeypatch.setattr(files, "LIMIT", files.LIMIT)
+    monkeypatch.setattr(files._Kept, "limit", files._Kept.limit)
     url = bucket.put(store_path, "line")
     out = tmp_path / "run"
     command = [
@@ -234,6 +250,6 @@ def test_the_bound_by_the_command_line(bucket, store_path, tmp_path, proxy_folde
     ]
     told = CliRunner().invoke(main, [*command, "--cache", "0.5"])
     assert told.exit_code == 0, told.output
-    assert files.LIMIT == 0.5e9
+    assert files._Kept.limit == 0.5e9
     assert json.loads((out / "config.json").read_text())["lineage"]["proxy"] == "line"
     assert cache_folder("stores").is_dir()

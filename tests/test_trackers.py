@@ -71,7 +71,7 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
         board = trackers.tracker("tensorboard", run, begin)
         for step in steps:
             board.write({"step": step, "loss": 1.0, "heads": {}})
-        board.close()
+        board.close(True)
     seen = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     seen.Reload()
     assert [event.step for event in seen.Scalars("loss")] == [2, 5]
@@ -91,6 +91,44 @@ def test_mlflow(store_path, tmp_path):
         for key, value in values.items():
             (same,) = {m.value for m in client.get_metric_history(run.info.run_id, key) if m.step == step}
             assert same == pytest.approx(value)
+
+
+def test_mlflow_after_a_kill(tmp_path):
+    """What was sent before comes once; until the end the run counts as killed."""
+    mlflow = pytest.importorskip("mlflow")
+    (tmp_path / "run").mkdir()
+    run = Run(str(tmp_path / "run"), {"command": "train"}, 1)
+    for steps, ended in (((2, 4, 6), False), ((6, 8), True)):
+        board = trackers.tracker("mlflow", run, steps[0])
+        for step in steps:
+            board.write({"step": step, "loss": float(step), "heads": {"a": {"kl": 1.0}}})
+        board.close(ended)
+        known = (tmp_path / "run" / "mlflow.id").read_text()
+        assert mlflow.MlflowClient().get_run(known).info.status == ("FINISHED" if ended else "KILLED")
+    history = mlflow.MlflowClient().get_metric_history(known, "a/kl")
+    assert [metric.step for metric in history] == [2, 4, 6, 8]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(store_path, tmp_path, monkeypatch):
+    class Failing(trackers.Tracker):
+        def __init__(self, *_):
+            self.rows = 0
+
+        def write(self, row):
+            self.rows += 1
+            if self.rows == 2:
+                raise ConnectionError("nobody listens")
+
+        def close(self, ended):
+            raise AssertionError("it was given up")
+
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Failing)
+    with pytest.warns(
+        UserWarning, match="mlflow gets no more metrics .nobody listens.: metrics.jsonl has them all"
+    ) as seen:
+        train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, Upkeep(log_every=2, track=("mlflow",)))
+    assert len(seen) == 1
+    assert len(rows_of(tmp_path / "run")) == 5
 
 
 def records(data):

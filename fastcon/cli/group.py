@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fastcon import __version__
+from fastcon.cli import output
 from fastcon.cli.output import flags, note
 from fastcon.errors import FastconError, Interrupted, UsageError
 from fastcon.machine import keep_freed_memory, rank
@@ -72,4 +73,5 @@ def main() -> None:
     command = click.get_current_context().invoked_subcommand
     if rank()[1] > 1 and command not in RANKED:
         raise (Told if rank()[0] else UsageError)(f"{command} runs in one process: start it without torchrun")
+    output.quiet = rank()[0] > 0 and command != "precompute"  # of which each makes parts of its own
     keep_freed_memory()

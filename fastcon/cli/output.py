@@ -27,8 +27,14 @@ def flags(text: str) -> str:
     return re.sub(r"`([a-z_]+)`", lambda found: flag_of.get(found[1], found[0]), text)
 
 
+quiet = False
+"""Whether this process leaves notes and progress to the first of torchrun's."""
+
+
 def note(line: str) -> None:
     """A line for the user, on stderr."""
+    if quiet:
+        return
     click.echo(f"fastcon: {flags(line)}", err=True)
 
 
@@ -78,6 +84,8 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Report that `done` of `total` are done."""
+        if quiet:
+            return
         now = time.monotonic()
         if sys.stderr.isatty():
             if self._bar is None:

@@ -1,4 +1,4 @@
-"""What the features of embedding teachers are standardised with: mean and standard deviation of each over a store.
+"""What the features of embedding teachers are standardised with: mean and standard deviation of each in a store's rows.
 
 Both follow from the stored rows, so they are not stored: adding parts, views or images leaves nothing to bring up to date.
 """
@@ -24,7 +24,10 @@ def standard(store: Stored, name: str) -> Standard | None:
         return None
     total = np.zeros((2, len(teacher.classes)))
     count = 0
-    for chunk in np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist():
+    chunks = np.unique(np.linspace(0, store.chunks - 1, CHUNKS).round().astype(int)).tolist()
+    for chunk in chunks:
+        store.ahead([name], 0, chunk)
+    for chunk in chunks:
         rows = store.logits(name, 0, chunk).astype(np.float64)
         total += rows.sum(0), np.square(rows).sum(0)
         count += len(rows)

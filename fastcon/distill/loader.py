@@ -196,7 +196,8 @@ class Loader:
             return
         asked: tuple[int, set[int]] = (-1, set())
         waiting: deque[tuple[int, NDArray[np.int64]]] = deque()
-        with ThreadPoolExecutor(1) as asking:  # opening a part takes a few requests
+        asking = ThreadPoolExecutor(1)  # opening a part takes a few requests
+        try:
             for number, rows in self._rows(plan):
                 if asked[0] != number:
                     asked = number, set()
@@ -208,6 +209,8 @@ class Loader:
                 if len(waiting) > AHEAD:
                     yield waiting.popleft()
             yield from waiting
+        finally:
+            asking.shutdown(cancel_futures=True)
 
     def _rows(self, plan: Sequence[tuple[int, int]]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         for epoch, skip in plan:

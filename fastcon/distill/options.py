@@ -232,6 +232,8 @@ class Upkeep(Options):
     track: tuple[str, ...] = option(
         (), "Send metrics to tensorboard, wandb or mlflow, too (extras; NAME,… for several).", parse=parse_trackers
     )
-    cache: float = option(50.0, "GB of a store in object storage that are kept on this machine.", low=0, above=True)
+    cache: float | None = option(
+        None, "GB of stores in object storage that are kept on this machine (default: 50).", low=0, above=True
+    )
     advise_seconds: float = 60.0
     """Runs that take longer end by measuring what would make their steps faster."""

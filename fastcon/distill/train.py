@@ -6,10 +6,12 @@ Rerunning resumes from the last checkpoint; a finished run is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from fastcon.distill.options import TrainOptions, Upkeep
 from fastcon.distill.reliability import resolved
 from fastcon.distill.schedule import Schedule
 from fastcon.distill.tally import Taken, Tally
-from fastcon.errors import FastconError, Interrupted
+from fastcon.errors import FastconError, Interrupted, one_line
 from fastcon.files import write_atomically
 from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
 from fastcon.machine import Machine
@@ -61,7 +63,8 @@ def train(
     Raises FastconError for anything that does not fit, Interrupted after a signal (the state is then saved).
     """
     options, upkeep, machine = options or TrainOptions(), upkeep or Upkeep(), machine or Machine()
-    keep_at_most(upkeep.cache)
+    if upkeep.cache is not None:
+        keep_at_most(upkeep.cache)
     ranks, labels = join(machine.target), options.labels
     if not ranks.first:
         say, progress = (lambda line: None), None
@@ -116,6 +119,7 @@ def train(
     with (
         machine.computing(turns=ranks.count == 1) as cores,
         ranks.lost(f": the same command resumes from the last checkpoint in {out}"),
+        contextlib.closing(rows),
         stop_signals() as stop,
     ):
         waits = Waits(loader.waits, cores)
@@ -141,14 +145,13 @@ def train(
                 save()
             waits.step(time.perf_counter() - housekeeping)
             if stopped and loop.step < total:
-                rows.close()
                 if ranks.first:
                     waits.write(run)
                 raise Interrupted(
                     f"stopped by signal {stopped} at step {loop.step} of {total}, saved; run the same command to resume"
                 )
         rows.write(wait=True)
-        rows.close()
+        rows.close(ended=True)
         loop.end()
         if ranks.first:
             write_atomically(run.path / RUN_HEADS, student.export_heads())
@@ -219,7 +222,7 @@ class Rows:
         """The row in transit."""
         self.last: dict[str, Any] = {}
         self._run, self._total, self._logged = run, total, time.monotonic()
-        self._trackers = [tracker(name, run, step) for name in track] if writes else []
+        self._trackers = {name: tracker(name, run, step) for name in track} if writes else {}
 
     @property
     def position(self) -> int:
@@ -230,8 +233,15 @@ class Rows:
         """Write a row of metrics."""
         if self._metrics:
             self._metrics.write(row)
-        for each in self._trackers:
-            each.write(row)
+        for name, each in list(self._trackers.items()):
+            try:
+                each.write(row)
+            except Exception as error:  # a run of hours does not end with its audience
+                del self._trackers[name]
+                self._run.log(f"{name} gets no more metrics: {one_line(error)}")
+                warnings.warn(
+                    f"{name} gets no more metrics ({one_line(error)}): metrics.jsonl has them all", stacklevel=2
+                )
 
     def write(self, wait: bool) -> None:
         """Write the row that was last taken, if it has arrived or is waited for. Raises FastconError for a loss of NaN."""
@@ -248,12 +258,16 @@ class Rows:
         self._run.log(f"step {row['step']}/{self._total} loss {row['loss']:.4f} {rate:.0f} img/s")
         self._logged = now
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, ended: bool = False) -> None:
+        """Close the files; ended: whether the run came to its end."""
         if self._metrics:
             self._metrics.close()
-        for each in self._trackers:
-            each.close()
+        while self._trackers:
+            name, each = self._trackers.popitem()
+            try:
+                each.close(ended)
+            except Exception as error:
+                self._run.log(f"{name} did not take the end of the run: {one_line(error)}")
 
 
 def _loader(

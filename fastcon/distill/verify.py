@@ -26,6 +26,7 @@ from fastcon.models.frozen import Frozen
 from fastcon.models.load import from_bytes, load
 from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
+from fastcon.store.files import is_url
 from fastcon.store.images import image_sets, manifest_of
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
@@ -62,8 +63,12 @@ def verify(
 ) -> list[Check]:
     """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all.
 
+    Of one in object storage every byte is fetched anew; repair works in folders only.
+
     images: where they are now (default: where they were); index: how IMAGES are looked up.
     """
+    if repair and is_url(path):
+        raise FastconError(f"{path} is a copy: `repair` the folder that it was made in, and copy that again")
     if parts.has_parts(path):
         given = images if isinstance(images, Manifest) else list(images) if images else None
         sets = image_sets(parts.read(path), given, index)
@@ -71,6 +76,7 @@ def verify(
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)
+    store.distrust()
     manifest = manifest_of(store, images if isinstance(images, Manifest) else index(images or store.sources))
     if repair:
         _mend(store, manifest, machine)

@@ -32,6 +32,10 @@ class Head:
     kind: str = "softmax"
 
 
+class Tower(nn.Sequential):
+    """A network of embeddings without a classifier, and a layer that is there only for its features to be the input of."""
+
+
 class Heads(nn.Module):
     """The classifying layer of a network, as wide as the classes of all heads; computes in float32."""
 
@@ -207,8 +211,13 @@ class Classifier(nn.Module):
     def replace_heads(self, heads: Sequence[Head], *, keep: Mapping[str, int], seed: int) -> None:
         """Replace the heads. `keep`: head name → position of the present head whose weights it takes.
 
-        The rest start at random, as PyTorch initialises such a layer, from `seed`.
+        The rest start at random, as PyTorch initialises such a layer, from `seed`. Raises FastconError for a tower.
         """
+        if isinstance(self.net, Tower):
+            raise FastconError(
+                f"{self.architecture} as an embedding is a teacher for precompute, and no network to train: give one with a "
+                "classifier"
+            )
         old = self.head_module.layer
         starts = [sum(len(h.classes) for h in self.heads[:i]) for i in range(len(self.heads) + 1)]
         weights, biases = [], []
@@ -270,7 +279,10 @@ class Classifier(nn.Module):
     def digest(self) -> str:
         """SHA-256 over the float32 state: names, shapes and values."""
         hasher = hashlib.sha256()
+        unused = f"{self.head_path}.layer." if self.head_module.bypass else None
         for name, tensor in sorted(self.net.state_dict().items()):
+            if unused is not None and name.startswith(unused):
+                continue
             hasher.update(f"{name}{tuple(tensor.shape)}".encode())
             hasher.update(tensor.detach().cpu().contiguous().numpy())
         return hasher.hexdigest()

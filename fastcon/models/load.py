@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastcon.errors import FastconError, one_line, optional_import
 from fastcon.kernels.multihead_ce import KINDS
-from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, NO_CLASSIFIER, Classifier, Head, head_path
+from fastcon.models.classifier import IMAGENET_MEAN, IMAGENET_STD, NO_CLASSIFIER, Classifier, Head, Tower, head_path
 from fastcon.models.sizes import resize
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS
 
@@ -53,7 +53,7 @@ def load(
         )
     embedding = options.get("kind") == "embedding"
     if Path(path).is_dir():
-        model = _load_run(Path(path), {} if embedding else options)
+        model = _load_run(Path(path), {k: v for k, v in options.items() if k != "kind" or not embedding})
         if "head" in options:
             model.keep_head(options["head"])
         if embedding:
@@ -339,7 +339,7 @@ def _with_a_head(net: nn.Module, side: int, origin: str) -> nn.Module:
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 1:
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise FastconError(f"{origin} returns {shape} for an image, not an embedding [1, D]")
-    return nn.Sequential(net, nn.Linear(out.shape[1], 1))
+    return Tower(net, nn.Linear(out.shape[1], 1))
 
 
 def _load_state(

@@ -1,14 +1,15 @@
 """Where the files of a store are: in a folder, or in object storage (s3://… and whatever else fsspec reaches).
 
 Of a store in object storage a folder of the cache holds what has been read, so that everything else reads files: what the
-store's checksums cover stays there from run to run, within LIMIT bytes, the least recently used going first; the rest is
-fetched once each time the store is opened.
+store's checksums cover stays there from run to run, all stores together within a bound, the least recently used going first;
+the rest is fetched once each time the store is opened.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -22,13 +23,13 @@ import fsspec
 from fastcon.errors import FastconError, one_line
 from fastcon.files import cache_folder
 
-LIMIT = 50e9
-"""Bytes of each store in object storage that are kept on this machine; see `keep_at_most`."""
+GIGABYTES = 50.0
+"""Of all stores in object storage that are kept on this machine, unless $FASTCON_CACHE_GB or `keep_at_most` says otherwise."""
 AT_ONCE = 16
 """Files of a store that are fetched at a time."""
 
 
-_LASTING = ("order", "boxes", "flips", "shards", "logits", "scales", "classes")
+_LASTING = ("order", "boxes", "flips", "logits", "scales", "classes")
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -36,10 +37,18 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+class _Kept:
+    """How many bytes of all stores are kept: those found when they were last counted, and those added since."""
+
+    limit = 1e9 * float(os.environ.get("FASTCON_CACHE_GB", GIGABYTES))
+    counted: int | None = None
+    added = 0
+    lock = threading.Lock()
+
+
 def keep_at_most(gigabytes: float) -> None:
-    """Set LIMIT, for the whole process."""
-    global LIMIT
-    LIMIT = gigabytes * 1e9
+    """Set how many gigabytes of stores in object storage are kept here, for this process."""
+    _Kept.limit = gigabytes * 1e9
 
 
 class Unreachable(FastconError):
@@ -62,6 +71,9 @@ class Files(abc.ABC):
     def drop(self, names: Iterable[str]) -> bool:
         """Forget copies that are not what they should be; False where these are the originals."""
         return False
+
+    def distrust(self) -> None:  # noqa: B027 - only copies may be other than the originals
+        """Forget all copies, to look at the originals."""
 
 
 class Folder(Files):
@@ -106,16 +118,37 @@ class Bucket(Files):
         self._asked: dict[str, Future[str]] = {}
         self._asking = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fetch")
-        self._kept = sum(size for _, size, _ in self._lasting())
 
     def path(self, name: str) -> str:
-        """See `Files`. Raises Unreachable."""
-        return self._ask(name).result()
+        """See `Files`. Raises Unreachable. Does not wait for what was asked for ahead."""
+        if (here := self._here(name)) is not None:
+            return here
+        with self._asking:
+            future = self._asked.get(name)
+            mine = future is None or future.cancel() or _over(future, name)
+            if mine:
+                future = self._asked[name] = Future()
+                future.set_running_or_notify_cancel()
+        assert future is not None
+        if mine:
+            try:
+                future.set_result(self._fetched(name))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
     def ahead(self, names: Iterable[str]) -> None:
         """See `Files`."""
         for name in names:
-            self._ask(name)
+            if self._here(name) is None:
+                with self._asking:
+                    future = self._asked.get(name)
+                    if future is None or _over(future, name):
+                        self._asked[name] = self._pool.submit(self._fetched, name)
+
+    def distrust(self) -> None:
+        """See `Files`."""
+        self.drop([os.path.relpath(path, self.root) for _, _, path in _lasting(Path(self.root))])
 
     def drop(self, names: Iterable[str]) -> bool:
         """See `Files`."""
@@ -126,29 +159,31 @@ class Bucket(Files):
                     os.unlink(os.path.join(self.root, name))
         return True
 
-    def _ask(self, name: str) -> Future[str]:
-        with self._asking:
-            future = self._asked.get(name)
-            if future is None or (future.done() and (_lasts(name) or future.exception() is not None)):
-                future = self._asked[name] = self._pool.submit(self._fetched, name)
-            return future
-
-    def _fetched(self, name: str) -> str:
+    def _here(self, name: str) -> str | None:
+        """Where a file is that stays, if it is."""
         path = os.path.join(self.root, name)
         if _lasts(name):
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # when it was last used
                 return path
+        return None
+
+    def _fetched(self, name: str) -> str:
+        path = os.path.join(self.root, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
         try:
             self._fetch(name, partial)
             os.replace(partial, path)
+        except FileNotFoundError:  # an older copy is none of it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
         if _lasts(name):
-            self._make_room(os.path.getsize(path))
+            _make_room(os.path.getsize(path))
         return path
 
     def _fetch(self, name: str, to: str) -> None:
@@ -158,40 +193,53 @@ class Bucket(Files):
         except FileNotFoundError:
             raise
         except Exception as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise Unreachable(
+                    f"{self.url}/{name} does not fit on the disk of {self.root}: free space, or keep less of it with `cache`"
+                ) from error
             raise Unreachable(
                 f"{self.url}/{name} could not be fetched ({one_line(error)}): run the same command again once it can be reached"
             ) from error
 
-    def _make_room(self, more: int) -> None:
-        with self._asking:
-            self._kept += more
-            if self._kept <= LIMIT:
-                return
-            files = sorted(self._lasting())
-            self._kept = sum(size for _, size, _ in files)
-            for _, size, path in files[:-1]:  # not the newest
-                if self._kept <= 0.9 * LIMIT:
-                    break
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                self._kept -= size
 
-    def _lasting(self) -> list[tuple[float, int, str]]:
-        """When they were last used, bytes and paths of the files that stay."""
-        found = []
-        for path in Path(self.root).rglob("*"):
-            if _lasts(str(path.relative_to(self.root))) and path.is_file():
-                with contextlib.suppress(FileNotFoundError):
-                    about = path.stat()
-                    found.append((about.st_mtime, about.st_size, str(path)))
-        return found
+def _over(future: Future[str], name: str) -> bool:
+    """Whether a file must be fetched again if it is asked for again."""
+    return future.done() and (_lasts(name) or future.cancelled() or future.exception() is not None)
+
+
+def _make_room(more: int) -> None:
+    """Count a new file, and remove the least recently used ones of all stores where they are too many."""
+    with _Kept.lock:
+        _Kept.added += more
+        if _Kept.counted is not None and _Kept.counted + _Kept.added <= _Kept.limit and _Kept.added <= _Kept.limit / 20:
+            return
+        files = sorted(_lasting(cache_folder("stores")))  # those of other processes, too
+        _Kept.counted, _Kept.added = sum(size for _, size, _ in files), 0
+        if _Kept.counted <= _Kept.limit:
+            return
+        for _, size, path in files[:-1]:  # not the newest
+            if _Kept.counted <= 0.9 * _Kept.limit:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            _Kept.counted -= size
+
+
+def _lasting(folder: Path) -> list[tuple[float, int, str]]:
+    """When they were last used, bytes and paths of the files that stay."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and _lasts(str(path.relative_to(folder))):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                found.append((about.st_mtime, about.st_size, str(path)))
+    return found
 
 
 def _lasts(name: str) -> bool:
     """Whether a file is one of the many whose bytes are checked whenever they are read: logits, views, shards."""
     array, _, chunk = name.partition("/c/")
-    kind = array.rsplit("/", 1)[-1] if chunk else name.partition("/")[0]
-    return kind in _LASTING
+    return array.rsplit("/", 1)[-1] in _LASTING if chunk else "shards" in name.split("/")
 
 
 def files_of(path: str) -> Files:

@@ -25,7 +25,7 @@ from fastcon.errors import FastconError, one_line
 from fastcon.files import write_atomically
 from fastcon.store import writer
 from fastcon.store.chunks import Chunks
-from fastcon.store.files import get, is_url
+from fastcon.store.files import Unreachable, get, is_url
 from fastcon.store.format import FORMAT, Recipe, TeacherRecord, record_digest
 from fastcon.store.reader import Store, Stored
 
@@ -198,6 +198,8 @@ def read(path: str) -> Binding:
     """The record of a store in parts. Raises FastconError where it is damaged."""
     try:
         return Binding.parse((get(path, FILE) or b"") if is_url(path) else Path(path, FILE).read_bytes())
+    except Unreachable:
+        raise
     except Exception as error:
         raise FastconError(
             f"{path}/{FILE} is missing or damaged ({one_line(error)}): remove it and run `fastcon precompute` again, which "

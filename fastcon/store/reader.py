@@ -413,6 +413,10 @@ class Store(Stored):
                 "what can be mended"
             ) from error
 
+    def distrust(self) -> None:
+        """Forget what is kept of a store in object storage, so that all of it is looked at where it is."""
+        self._files.distrust()
+
     def _need(self, path: str, index: int | None = None) -> None:
         """Have the chunks of an array on this machine. Raises FileNotFoundError, where Zarr would return zeros."""
         layout = self.layout[path]
@@ -425,6 +429,8 @@ class Store(Stored):
 
     def damaged_metadata(self) -> list[str]:
         """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies."""
+        if isinstance(self._files, Direct):
+            return []
         files = self.metadata_files()
         self._files.ahead(files)
         return [name for name, data in files.items() if not self._same(name, data)]

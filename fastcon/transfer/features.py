@@ -71,14 +71,17 @@ def _of_batches(
 ) -> NDArray[np.float32]:
     """What a network makes of some images [m, …]: the same batches whoever computes them, so the same values."""
     share = ranks.share(-(-len(indices) // batch_size))
-    mine, parts = indices[share.start * batch_size : share.stop * batch_size], []
+    mine, out = indices[share.start * batch_size : share.stop * batch_size], None
     with machine.computing(turns=ranks.count == 1) as cores:
         for rows, pixels in center_crops(manifest, mine, size, batch_size, machine) if len(mine) else ():
             with cores.turn(), torch.inference_mode(), machine.autocast():
-                parts.append(network(pixels).float().cpu().numpy())
+                values = network(pixels).float().cpu().numpy()
+            out = np.empty((len(mine), *values.shape[1:]), dtype=np.float32) if out is None else out
+            out[rows] = values
             if progress:
                 progress(rows.stop * len(indices) // len(mine), len(indices))
-    return np.concatenate([part for parts_of_rank in ranks.all(parts) for part in parts_of_rank])
+    parts = [part for part in ranks.all(out) if part is not None]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _save(path: Path, features: NDArray[np.float32]) -> None:

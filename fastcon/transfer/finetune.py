@@ -173,7 +173,7 @@ class _Tuning:
     ) -> _Tuning:
         """Open the run of these options and images. Raises FastconError if `out` holds another."""
         ranks = join(machine.target)
-        with ranks.agreeing():
+        with ranks.agreeing(in_turn=True):
             start = load(init, size=options.size, untrained=command == "teach")
             start.set_size(options.size or start.size)
         precision = ranks.same(lambda: settle(machine, start, options.batch_size, out).precision)
@@ -236,8 +236,10 @@ class _Tuning:
 
     def tune(self, train: Subset, prefix: str) -> tuple[Classifier, dict[str, Any]]:
         """Choose a learning rate on a held-out tenth of `train`, then train on all of it; returns the network and its result."""
-        with self.ranks.agreeing():
+        try:
             return self._tuned(train, prefix)
+        except Diverged as error:
+            raise self.ranks.error(str(error)) from error
 
     def _tuned(self, train: Subset, prefix: str) -> tuple[Classifier, dict[str, Any]]:
         rates, head = sorted(self.options.lr_grid), self.options.head
@@ -256,7 +258,7 @@ class _Tuning:
         tried = {}
         kept, aside = splits.part(train, VALIDATION, self.options.seed)
         if not len(aside):
-            raise FastconError(
+            raise self.ranks.error(
                 f"{len(train)} training images, one per class, leave none aside to choose among {len(rates)} learning "
                 "rates: give one (`lr_grid` 0.01), or more images per class"
             )
@@ -269,7 +271,7 @@ class _Tuning:
             tried[rate] = accuracy(model, self.options.head, aside, self.judge, ranks=self.ranks)
             self.say(f"learning rate {rate:g}: {tried[rate]:.1%} of the held-out tenth")
         if not tried:
-            raise FastconError(
+            raise self.ranks.error(
                 f"the loss turned NaN at every learning rate of {rates}: use another `out` with lower ones"
             )
         return tried
@@ -300,7 +302,7 @@ def fit(
     loop = Loop(model, optimizer, machine, run.checkpoints / stage, CHECKPOINT_SECONDS, ranks)
     steps, rows = _steps(train, options), min(len(train), options.batch_size)
     if rows < ranks.count:
-        raise FastconError(f"a batch of {rows} images cannot be shared by {ranks.count} ranks: start fewer")
+        raise ranks.error(f"a batch of {rows} images cannot be shared by {ranks.count} ranks: start fewer")
     total = steps * options.epochs
     loss_sum = torch.zeros((), device=machine.target)
     saved = loop.begin(options.seed)
@@ -348,6 +350,7 @@ def fit(
                 )
     if metrics:
         metrics.close()
+    ranks.align(model)  # each has had its own statistics since the last step
     return model.eval()
 
 

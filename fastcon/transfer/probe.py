@@ -49,7 +49,7 @@ def probe(
         train, test = task.parts(index)
     several = splits.MULTI_LABEL_SHOTS if train.multi_label else splits.SHOTS
     shots, trials = (None, 1) if options.full else (options.shots or several, options.trials or TRIALS)
-    with ranks.agreeing():
+    with ranks.agreeing(in_turn=True):
         models = {spec: load(spec) for spec in backbones}
         size = options.size or common_size({spec: model.size for spec, model in models.items()})
     say(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images, {size} px")

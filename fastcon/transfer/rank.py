@@ -37,7 +37,7 @@ def rank(
         bar = lambda what, unit: lambda done, total: None  # noqa: E731
     with ranks.agreeing(in_turn=True):
         train, _ = task.parts(index)
-    size = options.size or common_size({spec: load(spec).size for spec in models})
+        size = options.size or common_size({spec: load(spec).size for spec in models})
     rows: dict[str, dict[str, Any]] = {}
     for spec in models:  # one at a time: there may be hundreds
         model = load(spec).on(machine.target)
