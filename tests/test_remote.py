@@ -125,10 +125,14 @@ def test_the_next_chunks_come_while_these_are_used(bucket, store_path, proxy):
 def test_a_bound_on_what_is_kept(bucket, store_path, monkeypatch):
     url = bucket.put(store_path, "bound")
     monkeypatch.setattr(files._Kept, "limit", 4000)
+    coming = kept(url) / "teachers/general/logits/c/0/0/0.1.2.partial"
+    coming.parent.mkdir(parents=True)
+    coming.write_bytes(b"x")
     store, local = Store(url), Store(store_path)
     for view in range(2):
         for chunk in range(3):
             assert np.array_equal(store.logits("general", view, chunk), local.logits("general", view, chunk))
+    assert coming.exists()  # what another process is fetching
     assert 0 < sum(size for _, size, _ in files._lasting(cache_folder("stores"))) <= 4000
     assert np.array_equal(store.logits("general", 0, 0), local.logits("general", 0, 0))  # fetched anew
 

@@ -226,10 +226,10 @@ def _make_room(more: int) -> None:
 
 
 def _lasting(folder: Path) -> list[tuple[float, int, str]]:
-    """When they were last used, bytes and paths of the files that stay."""
+    """When they were last used, bytes and paths of the files that stay, without those on their way."""
     found = []
     for path in folder.rglob("*"):
-        if path.is_file() and _lasts(str(path.relative_to(folder))):
+        if path.suffix != ".partial" and path.is_file() and _lasts(str(path.relative_to(folder))):
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 found.append((about.st_mtime, about.st_size, str(path)))
