@@ -110,13 +110,16 @@ def test_mlflow_after_a_kill(tmp_path):
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(store_path, tmp_path, monkeypatch):
+    asked = []
+
     class Failing(trackers.Tracker):
         def __init__(self, *_):
             self.rows = 0
 
         def write(self, row):
             self.rows += 1
-            if self.rows == 2:
+            asked.append(row["step"])
+            if self.rows >= 2:
                 raise ConnectionError("nobody listens")
 
         def close(self, ended):
@@ -128,6 +131,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(store_path, tmp_path, monkeyp
     ) as seen:
         train(str(store_path), str(tmp_path / "run"), QUICK, MACHINE, Upkeep(log_every=2, track=("mlflow",)))
     assert len(seen) == 1
+    assert asked == [0, 2]  # and no more
     assert len(rows_of(tmp_path / "run")) == 5
 
 
