@@ -355,7 +355,7 @@ def test_what_parts_cannot_be_made_of(tmp_path, store_path, proxy_folder, images
         make(tmp_path / "other", images, teachers)
     with pytest.raises(FastconError, match=r"no readable image in share .* of 2000 of .* choose fewer `parts`"):
         make(tmp_path / "many", images, teachers, parts=2000)
-    with pytest.raises(FastconError, match="parts are folders so far"):
+    with pytest.raises(FastconError, match="parts are written in folders"):
         make("memory://somewhere/s", images, teachers)
     for text in ("x", "3-1", "-1", "1-2-3", "1.5"):
         with pytest.raises(UsageError, match="is not a number or a range"):
