@@ -17,9 +17,11 @@ from torch.nn import functional
 import fastcon
 from fastcon.bench.fixtures import manifest_of
 from fastcon.cli.main import main
+from fastcon.data.manifest import ImageSet
+from fastcon.distill import parts as in_parts
 from fastcon.distill.embeddings import standard
 from fastcon.distill.loader import Loader
-from fastcon.distill.options import TrainOptions, Upkeep
+from fastcon.distill.options import PrecomputeOptions, TrainOptions, Upkeep
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.relate import relate
 from fastcon.distill.train import train
@@ -31,6 +33,7 @@ from fastcon.report.figures import curves
 from fastcon.report.results import read
 from fastcon.report.sheet import views
 from fastcon.store.format import Recipe, TeacherRecord
+from fastcon.store.parts import forget
 from fastcon.store.reader import Store
 from fastcon.store.writer import open_for_writing
 
@@ -266,6 +269,22 @@ def test_relations(stores, tmp_path):
     assert told.exit_code == 0, told.output
     assert "(–)" in told.output
     assert None in json.loads((tmp_path / "r.json").read_text())["shared"][place["features"]]
+
+
+def test_in_parts_baked_and_forgotten(tmp_path, proxy_folder, teachers, teacher_file):
+    path, spec = str(tmp_path / "s"), f"{teacher_file}?kind=embedding"
+    options = PrecomputeOptions(seed=3, size=32, batch_size=BATCH, logits="uint8", bake=True, parts=2)
+    given = [*teachers, Teacher("features", spec, load(spec))]
+    in_parts.make(path, ImageSet([str(proxy_folder)]), given, options, 1, MACHINE)
+    loader = Loader(path, batch_size=16)
+    rows = np.concatenate([loader.store.logits("features", 0, chunk) for chunk in range(loader.store.chunks)])
+    of = loader.segments.standards[loader.names.index("features")]
+    np.testing.assert_allclose(of.mean.numpy(), rows.astype(np.float64).mean(0), rtol=1e-5, atol=1e-5)
+    batch = next(iter(loader))
+    assert fastcon.loss(torch.zeros(16, loader.segments.columns), batch.stacked, loader.segments).total.isfinite()
+    assert all(check.passed for check in verify(path, None, 32, MACHINE))
+    forget(path, "features")
+    assert Loader(path, batch_size=16).names == ["general", "letters"]
 
 
 def test_what_a_sheet_says(stores):
