@@ -167,11 +167,9 @@ def train(
     index = partial(image_set, indexing)
     row = stage.train(store, out, options, machine, upkeep, images or None, say=note, progress=bar, index=index)
     bar.close()
-    if rank()[0] > 0:
-        return
     heads = "; ".join(f"{name}: {_values(head)}" for name, head in row["heads"].items())
     finish({"out": out, "seconds": bar.seconds, **row}, json_file, f"{out}: loss {row['loss']:.4f} ({heads})")
-    if bar.seconds > upkeep.advise_seconds:
+    if bar.seconds > upkeep.advise_seconds and rank()[0] == 0:
         for line in diagnosis_of(out):
             note(line)
 

@@ -28,7 +28,7 @@ def flags(text: str) -> str:
 
 
 quiet = False
-"""Whether this process leaves notes and progress to the first of torchrun's."""
+"""Whether this process leaves notes, progress and results to the first of torchrun's."""
 
 
 def note(line: str) -> None:
@@ -42,6 +42,8 @@ def finish(result: Any, json_file: str | None, text: str = "") -> None:
     """Print a command's results, and write them to the file of --json."""
     if Bar._open is not None:
         Bar._open.close()
+    if quiet:
+        return
     if text:
         click.echo(flags(text))
     if json_file:

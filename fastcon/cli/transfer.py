@@ -42,8 +42,6 @@ def teach(
     bar = Bar("teach", "steps")
     result = stage.teach(init, train, test, out, options, machine, task.record(), say=note, progress=bar)
     bar.close()
-    if not _speaks():
-        return
     finish(
         {"out": out, "seconds": bar.seconds, **result},
         json_file,
@@ -78,9 +76,7 @@ def probe(
         accuracy, ci95, std, trials = row["accuracy"], row["ci95"], row["std"], len(row["accuracies"])
         click.echo(f"{row['backbone']}: {accuracy:.2%} ± {ci95:.2%} (std {std:.2%}, {trials} trials)")
 
-    found = stage(backbones, task, options, machine, indexer(indexing), Bar, note, show)
-    if _speaks():
-        finish(found, json_file)
+    finish(stage(backbones, task, options, machine, indexer(indexing), Bar, note, show), json_file)
 
 
 @main.command()
@@ -114,8 +110,6 @@ def rank(
     from fastcon.transfer.rank import rank as stage
 
     found = stage(models, task, options, machine, indexer(indexing), top, Bar, note)
-    if not _speaks():
-        return
     lines = []
     for place, row in enumerate(found["results"], 1):
         probed = f"{row['accuracy']:.2%} ± {row['ci95']:.2%}" if "accuracy" in row else "not probed"
@@ -155,8 +149,6 @@ def finetune(
     bar = Bar("finetune", "steps")
     result = stage.finetune(backbone, train, test, out, options, machine, task.record(), say=note, progress=bar)
     bar.close()
-    if not _speaks():
-        return
     record = {
         "command": "finetune",
         "backbone": backbone,
@@ -219,8 +211,6 @@ def evaluate(
         name = head or loaded.heads[0].name
         loaded.head_index(name)
     value = accuracy(loaded, name, test, machine, batch_size, ranks)
-    if not ranks.first:
-        return
     record = {
         "command": "evaluate",
         "model": model,
@@ -247,13 +237,5 @@ def _parts(task: Task, indexing: Indexing, machine: Machine) -> tuple[Any, Any]:
     ranks = join(machine.target)
     with ranks.agreeing(in_turn=True):
         train, test = task.parts(indexer(indexing))
-    if ranks.first:
-        note(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images")
+    note(f"{len(train.classes)} classes, {len(train):,} training and {len(test):,} test images")
     return train, test
-
-
-def _speaks() -> bool:
-    """Whether this process, of all that torchrun started, says what came out."""
-    from fastcon.machine import rank
-
-    return rank()[0] == 0
