@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def serving() -> Iterator[Bucket]:
     }
     s3fs.S3FileSystem.clear_instance_cache()
     try:
+        address = f"http://127.0.0.1:{server.port}/moto-api/reset"
+        urllib.request.urlopen(urllib.request.Request(address, method="POST")).close()
         s3fs.S3FileSystem().mkdir("bucket")
         yield bucket
     finally:

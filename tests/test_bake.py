@@ -182,11 +182,6 @@ def test_baked_or_not_is_settled_when_a_store_is_made(baked, store_path, proxy, 
         precompute(str(store_path), proxy, teachers, BAKED, 2, MACHINE, BATCH)
 
 
-def test_object_storage_is_refused(proxy, teachers):
-    with pytest.raises(FastconError, match="leave out `bake`"):
-        precompute("memory://baked/store", proxy, teachers, BAKED, 1, MACHINE, BATCH)
-
-
 def test_shards_are_images_for_anybody(baked):
     assert len(index([str(shard(baked))])) == 22
 

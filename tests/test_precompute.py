@@ -23,8 +23,8 @@ from fastcon.models.classifier import Head
 from fastcon.models.frozen import Frozen
 from fastcon.models.load import load
 from fastcon.store import arrays, pixels, writer
-from fastcon.store.format import COPY, Recipe
-from fastcon.store.reader import Store, bytes_on_disk
+from fastcon.store.format import Recipe
+from fastcon.store.reader import Store
 from fastcon.store.writer import StoreWriter, forget
 
 
@@ -244,15 +244,14 @@ def test_sample_pixels_are_kept(store_path):
 
 def test_a_store_in_object_storage(proxy, teachers, store_path):
     """fsspec's in-memory file system stands in for a bucket."""
-    precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 1, MACHINE, BATCH)
-    assert precompute.precompute("memory://bucket/store", proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 150
-    remote, local = Store("memory://bucket/store"), Store(store_path)
+    url = "memory://bucket/store"
+    precompute.precompute(url, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    assert precompute.precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 150
+    remote, local = Store(url), Store(store_path)
     for name in local.teachers:
         for view in range(2):
             assert np.array_equal(remote.logits(name, view, 1), local.logits(name, view, 1))
     assert len(next(iter(Loader(remote, proxy, 32))).pixels) == 32
-    kept_there = {name: len(data) for name, data in tree(store_path).items() if name != COPY}
-    assert bytes_on_disk("memory://bucket/store") == sum(kept_there.values())
 
 
 def test_a_teacher_that_failed_at_once_may_come_back_mended(tmp_path, proxy, teachers):

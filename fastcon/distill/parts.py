@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 
 from fastcon.data import decode
@@ -22,15 +21,16 @@ from fastcon.machine import Machine, rank
 from fastcon.models import frozen
 from fastcon.store import parts
 from fastcon.store.codec import check_kind
-from fastcon.store.files import is_url
+from fastcon.store.files import has, is_url, names
 from fastcon.store.images import manifest_of
+from fastcon.store.mirror import mirrored
 from fastcon.store.parts import Binding, Bound, Shared
 from fastcon.store.pixels import check_pixels
 from fastcon.store.reader import Store
 from fastcon.store.writer import check_recipe, check_same_teacher
 
-POLL = 1.0
-"""Seconds between two looks at the parts that other processes are making."""
+POLL, POLL_THERE = 1.0, 10.0
+"""Seconds between two looks at the parts that other processes are making, in a folder and in object storage."""
 
 
 def make(
@@ -45,8 +45,6 @@ def make(
 ) -> int:
     """Make a store with or without parts, as the options say or as it is; returns the number of rows computed."""
     if in_parts(path, options):
-        if is_url(path):
-            raise FastconError(f"{path}: parts are written in folders: make them in one, and copy it there")
         shared = ImageSet(images.sources) if isinstance(images, Manifest) else images
         return precompute(path, shared, teachers, options, views, machine, progress, say)
     manifest = images if isinstance(images, Manifest) else images.manifest()
@@ -112,7 +110,7 @@ def precompute(
             if not told:
                 say(f"waiting for {_listed(left)}, which other processes are making")
                 told = True
-            time.sleep(POLL)
+            time.sleep(POLL_THERE if is_url(path) else POLL)
     return rows
 
 
@@ -209,9 +207,9 @@ def _with_teacher(
 
 def _begun(path: str, binding: Binding) -> Binding:
     """A new record; where the parts are there already, as after its loss, with their teachers."""
-    if os.path.exists(os.path.join(path, "zarr.json")):
+    if has(path, "zarr.json"):
         raise FastconError(f"{path} is a store without parts: leave out `parts`, or use another `store`")
-    foreign = [name for name in sorted(os.listdir(path)) if not name.startswith("part")]
+    foreign = [name for name in names(path) if not name.startswith("part")]
     if foreign:
         raise FastconError(f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder")
     for number in range(binding.count):
@@ -246,10 +244,12 @@ def _part(
     binding, where = parts.read(path), parts.folder(path, number)
     ways = {name: record.compile or frozen.PLAIN for name, record in binding.teachers.items()}
     manifest = images.manifest(binding.share(number)[1])
-    rows = _fill(where, manifest, teachers, options, views, machine, progress, ways, say)
+    with mirrored(where, patient=False) if is_url(where) else contextlib.nullcontext(where) as folder:
+        rows = _fill(folder, manifest, teachers, options, views, machine, progress, ways, say)
+        bound = Bound.of(Store(folder))
     with parts.changing(path) as write:
         binding = parts.read(path)
-        write(dataclasses.replace(binding, bound=binding.bound | {number: Bound.of(Store(where))}))
+        write(dataclasses.replace(binding, bound=binding.bound | {number: bound}))
     say(f"part {number} of {binding.count} is made ({len(manifest):,} images)")
     return rows
 

@@ -33,7 +33,6 @@ from fastcon.models.origin import taught
 from fastcon.run import stop_signals
 from fastcon.store import bake
 from fastcon.store.codec import Parts, codec
-from fastcon.store.files import is_url
 from fastcon.store.format import Recipe, TeacherRecord, check_name
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
@@ -135,9 +134,9 @@ def precompute(
         if work:
             fill(store, manifest, teachers, missing, work, machine, batch_size, progress, stop)
         rows = sum(b - a for a, b in (store.chunk_range(chunk) for _, chunk in work))
-        if rows and not is_url(path):
+        if rows:
             seconds = time.perf_counter() - started
-            with open(os.path.join(path, "precompute.log"), "a") as log:
+            with open(os.path.join(store.path, "precompute.log"), "a") as log:
                 log.write(f"{', '.join(missing)}: {rows} rows in {seconds:.1f} s ({rows / seconds:.0f} rows/s)\n")
         return rows
 

@@ -28,6 +28,7 @@ from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
 from fastcon.store.files import is_url
 from fastcon.store.images import image_sets, manifest_of
+from fastcon.store.mirror import mirrored
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
 from fastcon.store.replay import Replay
@@ -63,16 +64,17 @@ def verify(
 ) -> list[Check]:
     """Check a store; `rows` are recomputed per teacher. Raises FastconError where it cannot be opened at all.
 
-    Of one in object storage every byte is fetched anew; repair works in folders only.
+    Of one in object storage every byte is fetched anew.
 
     images: where they are now (default: where they were); index: how IMAGES are looked up.
     """
-    if repair and is_url(path):
-        raise FastconError(f"{path} is a copy: `repair` the folder that it was made in, and copy that again")
     if parts.has_parts(path):
         given = images if isinstance(images, Manifest) else list(images) if images else None
         sets = image_sets(parts.read(path), given, index)
         return _verify_parts(path, sets, rows, machine, repair, seed)
+    if repair and is_url(path):
+        with mirrored(path, whole=True) as folder:
+            return verify(folder, images, rows, machine, repair, seed, index)
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)

@@ -37,6 +37,17 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """What reaches a URL, and the key there. Raises FastconError where fsspec lacks what it takes."""
+    try:
+        filesystem, key = fsspec.core.url_to_fs(url.rstrip("/"))
+    except ImportError as error:
+        raise FastconError(f"{url} lies in object storage: pip install 'fastcon[s3]' to reach it ({error})") from error
+    except ValueError as error:
+        raise FastconError(f"{url} cannot be read ({one_line(error)})") from error
+    return filesystem, str(key)
+
+
 class _Kept:
     """How many bytes of all stores are kept: those found when they were last counted, and those added since."""
 
@@ -89,31 +100,13 @@ class Folder(Files):
         return path
 
 
-class Direct(Files):
-    """A store in object storage that is being written, through Zarr alone."""
-
-    def __init__(self, url: str) -> None:
-        self.root = url
-
-    def path(self, name: str) -> str:
-        """Nothing is fetched."""
-        return ""
-
-
 class Bucket(Files):
     """A store in object storage, read through a folder of the cache."""
 
     def __init__(self, url: str) -> None:
         """Raises FastconError where fsspec lacks what it takes to reach it."""
         self.url = url.rstrip("/")
-        try:
-            self._filesystem, self._key = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            raise FastconError(
-                f"{url} lies in object storage: pip install 'fastcon[s3]' to read it ({error})"
-            ) from error
-        except ValueError as error:
-            raise FastconError(f"{url} cannot be read ({one_line(error)})") from error
+        self._filesystem, self._key = filesystem_of(self.url)
         self.root = str(cache_folder("stores") / hashlib.sha256(self.url.encode()).hexdigest()[:16])
         self._asked: dict[str, Future[str]] = {}
         self._asking = threading.Lock()
@@ -254,3 +247,31 @@ def get(url: str, name: str) -> bytes | None:
         return Path(files.path(name)).read_bytes()
     except FileNotFoundError:
         return None
+
+
+def put(url: str, name: str, data: bytes) -> None:
+    """Write a small file of a store in object storage. Raises FastconError."""
+    filesystem, key = filesystem_of(url)
+    try:
+        filesystem.pipe_file(f"{key}/{name}", data)
+    except Exception as error:
+        raise FastconError(f"{url}/{name} cannot be written ({one_line(error)})") from error
+
+
+def has(path: str, name: str) -> bool:
+    """Whether a small file is there, in a folder or in object storage."""
+    return get(path, name) is not None if is_url(path) else Path(path, name).is_file()
+
+
+def names(path: str) -> list[str]:
+    """What there is at a place, in order. Raises FastconError."""
+    if not is_url(path):
+        return sorted(os.listdir(path))
+    filesystem, key = filesystem_of(path)
+    try:
+        filesystem.invalidate_cache()
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(key, detail=False))
+    except FileNotFoundError:
+        return []
+    except Exception as error:
+        raise FastconError(f"{path} cannot be read ({one_line(error)})") from error

@@ -25,11 +25,12 @@ from fastcon.errors import FastconError, one_line
 from fastcon.files import write_atomically
 from fastcon.store import writer
 from fastcon.store.chunks import Chunks
-from fastcon.store.files import Unreachable, get, is_url
+from fastcon.store.files import Unreachable, get, has, is_url, put
 from fastcon.store.format import FORMAT, Recipe, TeacherRecord, record_digest
+from fastcon.store.lease import Lease
 from fastcon.store.reader import Store, Stored
 
-FILE = "parts.json"
+FILE, LEASE = "parts.json", "parts.lease"
 OPEN = 64
 """Parts held open."""
 
@@ -186,7 +187,7 @@ def opened(path: str | os.PathLike[str]) -> Store | StoreOfParts:
 
 def has_parts(path: str) -> bool:
     """Whether a store in parts is there, finished or not."""
-    return get(path, FILE) is not None if is_url(path) else Path(path, FILE).is_file()
+    return has(path, FILE)
 
 
 def folder(path: str, number: int) -> str:
@@ -210,10 +211,6 @@ def read(path: str) -> Binding:
 def forget(path: str | os.PathLike[str], name: str) -> None:
     """Remove a teacher from a store, with parts or without; cut off, running it again ends it. Raises FastconError."""
     path = os.fspath(path)
-    if is_url(path) and has_parts(path):
-        raise FastconError(
-            f"{path}: parts are written in folders; forget it in the one this is a copy of, and copy that"
-        )
     if not has_parts(path):
         writer.forget(path, name)
         return
@@ -236,7 +233,19 @@ def forget(path: str | os.PathLike[str], name: str) -> None:
 @contextlib.contextmanager
 def changing(path: str) -> Iterator[Any]:
     """Hold the record's lock; yields `write(binding)`. Whoever comes second waits."""
+    if is_url(path):
+        lease = Lease(f"{path}/{LEASE}", path).wait()
+        try:
+            yield lambda binding: _put(path, binding, lease)
+        finally:
+            lease.release()
+        return
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "parts.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield lambda binding: write_atomically(Path(path, FILE), binding.file())
+
+
+def _put(url: str, binding: Binding, lease: Lease) -> None:
+    lease.check()
+    put(url, FILE, binding.file())

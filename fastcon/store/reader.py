@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ from fastcon.errors import FastconError, one_line
 from fastcon.store import arrays
 from fastcon.store.chunks import Chunks
 from fastcon.store.codec import Codec, Parts, codec
-from fastcon.store.files import Direct, Files, Unreachable, files_of, is_url
+from fastcon.store.files import Unreachable, files_of, filesystem_of, is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,
@@ -114,7 +113,7 @@ class Store(Stored):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._files = self._files_of(self.path)
+        self._files = files_of(self.path)
         with contextlib.suppress(FileNotFoundError):
             self._files.path("zarr.json")
         self._group = arrays.open_group(self._files.root, "r", self.path)
@@ -141,10 +140,6 @@ class Store(Stored):
             raise FastconError(
                 f"{self.path} has a malformed record ({one_line(error)}): make the store again"
             ) from error
-
-    @staticmethod
-    def _files_of(path: str) -> Files:
-        return files_of(path)
 
     def _take(self, record: Record) -> None:
         self.record, self.layout = record, layout(record)
@@ -284,9 +279,6 @@ class Store(Stored):
         padded) and their CRC-32C. That is twice as fast as Zarr's way to the same bytes.
         """
         start, stop = self.chunk_range(chunk)
-        if isinstance(self._files, Direct):
-            values = np.ascontiguousarray(array[view, start:stop])
-            return values, checksum(values)
         layout = self.layout[array.path]
         rows, width = layout.chunks[1:]
         data = np.empty((rows, width), layout.dtype)
@@ -429,8 +421,6 @@ class Store(Stored):
 
     def damaged_metadata(self) -> list[str]:
         """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies."""
-        if isinstance(self._files, Direct):
-            return []
         files = self.metadata_files()
         self._files.ahead(files)
         return [name for name, data in files.items() if not self._same(name, data)]
@@ -443,8 +433,7 @@ class Store(Stored):
 
     def metadata_files(self) -> dict[str, bytes]:
         """Name → bytes of every metadata file of the store, as they must be."""
-        files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()})}
-        files |= {} if is_url(self.path) else {COPY: record_file(self.record)}  # which only folders have
+        files = {"zarr.json": arrays.group_file({"fastcon": self.record.json()}), COPY: record_file(self.record)}
         for path, array_layout in self.layout.items():
             parts = path.split("/")
             files |= {"/".join([*parts[:k], "zarr.json"]): arrays.group_file({}) for k in range(1, len(parts))}
@@ -461,7 +450,7 @@ def sample_rows(store: Store) -> NDArray[np.uint32]:
 def bytes_on_disk(path: str) -> int:
     """Bytes of all files of a store, in a folder or in object storage."""
     if is_url(path):
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = filesystem_of(path)
         filesystem.invalidate_cache()
         return int(filesystem.du(root))
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())

@@ -7,12 +7,12 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +22,7 @@ from fastcon.errors import Busy, FastconError
 from fastcon.files import write_atomically
 from fastcon.store import arrays
 from fastcon.store.codec import Parts, check_kind
-from fastcon.store.files import Direct, Files, Folder, is_url
+from fastcon.store.files import is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,
@@ -40,15 +40,12 @@ from fastcon.store.format import (
     layout,
     record_digest,
 )
+from fastcon.store.mirror import mirrored
 from fastcon.store.reader import Store, record_file, sample_rows
 
 
 class StoreWriter(Store):
     """A store opened for writing: one process at a time. Create or reopen it with `open_for_writing`."""
-
-    @staticmethod
-    def _files_of(path: str) -> Files:
-        return Direct(path) if is_url(path) else Folder(path)
 
     def grow(self, manifest: Manifest, view_count: int) -> None:
         """Record the order, boxes and flips of views up to `view_count`, where they are not there yet."""
@@ -89,11 +86,9 @@ class StoreWriter(Store):
 
     def _remove_unnamed(self) -> None:
         """Delete arrays of teachers that the record does not name: a kill may have left them."""
-        filesystem, root = fsspec.core.url_to_fs(self.path)
-        if filesystem.isdir(f"{root}/teachers"):
-            for entry in filesystem.ls(f"{root}/teachers", detail=False):
-                if entry.rsplit("/", 1)[-1] not in self.teachers and filesystem.isdir(entry):
-                    filesystem.rm(entry, recursive=True)
+        for entry in Path(self.path, "teachers").glob("*/"):
+            if entry.name not in self.teachers:
+                shutil.rmtree(entry)
         self._arrays = {path: array for path, array in self._arrays.items() if path in self.layout}
 
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
@@ -222,8 +217,7 @@ def open_for_writing(
 
     pipeline: the settings that pixels were decoded with (rule: recorded, and compared by pixels on use).
     """
-    path = os.fspath(path)
-    with _lock(path):
+    with _held(os.fspath(path)) as path:
         _remove_leftovers(path)
         if not _exists(path):
             _create_store(path, manifest, recipe, view_count, pipeline)
@@ -239,9 +233,9 @@ def forget(path: str | os.PathLike[str], name: str) -> None:
     """Remove a teacher from a store; a kill at any moment leaves it either there or gone. Raises FastconError."""
     path = os.fspath(path)
     Store(path)  # an error where there is none, and no lock file
-    with _lock(path):
-        _remove_leftovers(path)
-        _reopened(path).forget(name)
+    with _held(path) as folder:
+        _remove_leftovers(folder)
+        _reopened(folder).forget(name)
 
 
 def _reopened(path: str) -> StoreWriter:
@@ -264,12 +258,12 @@ def set_samples(store: StoreWriter, pixels: NDArray[np.uint8]) -> None:
 
 def restore_record(path: str) -> bool:
     """Restore a damaged record from its copy; returns whether that was needed. Raises FastconError if it cannot be."""
-    if is_url(path) or not os.path.exists(os.path.join(path, COPY)):
+    if not os.path.exists(os.path.join(path, COPY)):
         return False
     with contextlib.suppress(FastconError):
         Store(path)
         return False
-    with _lock(path):
+    with _held(path):
         try:
             record = json.loads(Path(path, COPY).read_bytes())
             if record["format"] != FORMAT:
@@ -286,8 +280,6 @@ def restore_record(path: str) -> bool:
 def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int, pipeline: dict[str, Any]) -> None:
     if len(manifest) > LARGEST:
         raise FastconError(f"a store holds at most {LARGEST:,} images, these are {len(manifest):,}")
-    if recipe.bake is not None and is_url(path):
-        raise FastconError(f"{path}: baked views are tar files in a folder; bake into one, or leave out `bake`")
     group = arrays.open_group(path, "a")
     columns = {name: np.asarray(getattr(manifest, name)) for name in IMAGE_COLUMNS}
     columns_digest = digest(*columns.values())
@@ -308,8 +300,7 @@ def _create_store(path: str, manifest: Manifest, recipe: Recipe, view_count: int
 
 def _commit(group: Any, path: str, record: Record) -> None:
     group.attrs["fastcon"] = record.json()
-    if not is_url(path):
-        write_atomically(Path(path, COPY), record_file(record))
+    write_atomically(Path(path, COPY), record_file(record))
 
 
 def make_view(recipe: Recipe, manifest: Manifest, view: int) -> View:
@@ -351,7 +342,7 @@ def _exists(path: str) -> bool:
     """Whether a finished store is there; refuses a place that holds something else, or cannot be read."""
     group = arrays.group_at(path)
     if group is None:
-        foreign = [] if is_url(path) else [n for n in sorted(os.listdir(path)) if not n.endswith((".lock", ".log"))]
+        foreign = [name for name in sorted(os.listdir(path)) if not name.endswith((".lock", ".log"))]
         if foreign:
             raise FastconError(
                 f"{path} holds other files ({foreign[0]}, …) and no store: give an empty or a new folder"
@@ -370,9 +361,8 @@ _CREATED = {"images", "order", "boxes", "flips", "baked"}
 
 def _remove_leftovers(path: str) -> None:
     """Remove temporary files of writes that a kill cut off; only the holder of the lock may call this."""
-    if not is_url(path):
-        for partial in Path(path).rglob("*.partial"):
-            partial.unlink()
+    for partial in Path(path).rglob("*.partial"):
+        partial.unlink()
 
 
 def _short(value: Any) -> str:
@@ -381,10 +371,11 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[None]:
-    """Hold STORE/write.lock; the system frees it when the process ends, however it ends."""
+def _held(path: str) -> Iterator[str]:
+    """The folder in which a store is written, with STORE/write.lock held; the system frees it however the process ends."""
     if is_url(path):
-        yield
+        with mirrored(path) as folder, _held(folder):
+            yield folder
         return
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "write.lock"), "a+") as file:
@@ -397,4 +388,4 @@ def _lock(path: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        yield path

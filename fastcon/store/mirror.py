@@ -1,0 +1,227 @@
+"""A store in object storage is written in a folder of this machine, whose files go there while the work goes on.
+
+What is there can be used and taken up at every moment: a record or a checksum goes up only after what it speaks of. So a
+machine that is lost costs what was made since the last round of uploads, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fastcon.errors import FastconError, one_line
+from fastcon.files import cache_folder
+from fastcon.store.files import AT_ONCE, filesystem_of
+from fastcon.store.format import COPY
+from fastcon.store.lease import Lease
+
+EVERY = 10.0
+"""Seconds between two rounds of uploads."""
+TRIES, PAUSE = 3, 5.0
+"""How often the last round is tried, and seconds between."""
+LEASE, HELD = "write.lease", "held.lock"
+_PARTS = {"images", "order", "boxes", "flips", "samples", "baked", "shards", "teachers", COPY, LEASE, "zarr.json"}
+
+
+@contextlib.contextmanager
+def mirrored(url: str, whole: bool = False, patient: bool = True) -> Iterator[str]:
+    """The folder in which the store at `url` is to be written, by one process at a time.
+
+    whole: with the logits that are there, which only a repair reads. patient: wait to see whether a process that holds it
+    lives. Raises Busy where another process writes the store, FastconError where that cannot be done.
+    """
+    lease = Lease(f"{url}/{LEASE}", url)
+    lease.take_over() if patient else lease.take()
+    try:
+        with _scratch() as folder:
+            mirror = _Mirror(url, folder, lease)
+            mirror.pull(whole)
+            with mirror.pushing(), _called(url, folder):
+                yield folder
+    finally:
+        lease.release()
+
+
+@contextlib.contextmanager
+def _called(url: str, folder: str) -> Iterator[None]:
+    """Errors speak of the place, but for those of a full disk."""
+    try:
+        yield
+    except FastconError as error:
+        if folder not in str(error) or "cannot be written" in str(error):
+            raise
+        raise type(error)(str(error).replace(folder, url)) from error
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder of the cache that goes with this process, or, if that is killed, with the next."""
+    below = cache_folder("writing")
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+        with open(below / "lock", "a") as sweeping:
+            fcntl.flock(sweeping, fcntl.LOCK_EX)
+            for left in below.glob("store-*"):
+                with contextlib.suppress(OSError), open(left / HELD, "a") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+            folder = tempfile.mkdtemp(prefix="store-", dir=below)
+            held = open(os.path.join(folder, HELD), "a")  # noqa: SIM115 - open as long as the folder is used
+            fcntl.flock(held, fcntl.LOCK_EX)
+    except OSError as error:
+        raise FastconError(
+            f"{below} cannot be written ({error.strerror}): free space, or set $FASTCON_CACHE"
+        ) from error
+    try:
+        yield folder
+    finally:
+        held.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Mirror:
+    """A folder and the place in object storage that it is brought to."""
+
+    def __init__(self, url: str, folder: str, lease: Lease) -> None:
+        self._url, self._folder, self._lease = url, folder, lease
+        self._filesystem, self._key = filesystem_of(url)
+        self._there: dict[str, tuple[int, int] | bytes | None] = {}
+        """What is there: time and size of the file here that it is a copy of, or the bytes; None: it is not here."""
+        self._end = threading.Event()
+
+    # there → here
+
+    def pull(self, whole: bool) -> None:
+        """Fetch what there is of the store. Raises FastconError for a place that holds something else."""
+        names = self._names()
+        if "zarr.json" not in names:  # nothing, or a beginning that was cut off: it is made anew
+            foreign = sorted(name for name in names if name.split("/")[0] not in _PARTS)
+            if foreign:
+                raise FastconError(
+                    f"{self._url} holds other files ({foreign[0]}, …) and no store: give an empty or a new place"
+                )
+            self._there = dict.fromkeys(names)
+            return
+        wanted = [name for name in names if whole or not _is_logits(name)]
+        self._there = dict.fromkeys(set(names) - set(wanted))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for name, _ in zip(wanted, pool.map(self._fetch, wanted), strict=True):
+                self._there[name] = Path(self._folder, name).read_bytes() if _comes_last(name) else self._state(name)
+
+    def _names(self) -> list[str]:
+        try:
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.find(self._key)
+        except Exception as error:
+            raise FastconError(f"{self._url} cannot be read ({one_line(error)})") from error
+        names = [str(path)[len(self._key) :].lstrip("/") for path in found]
+        return [name for name in names if name.split("/")[0] != LEASE]
+
+    def _fetch(self, name: str) -> None:
+        path = os.path.join(self._folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            self._filesystem.get_file(f"{self._key}/{name}", path)
+        except Exception as error:
+            raise FastconError(
+                f"{self._url}/{name} could not be fetched ({one_line(error)}): run the same command again"
+            ) from error
+
+    # here → there
+
+    @contextlib.contextmanager
+    def pushing(self) -> Iterator[None]:
+        """Bring what changes here there, round after round and, whatever happens, at the end."""
+        thread = threading.Thread(target=self._rounds, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._end.set()
+            thread.join()
+            self._last()
+
+    def _rounds(self) -> None:
+        while not self._end.wait(EVERY):
+            with contextlib.suppress(
+                Exception
+            ):  # what fails now is brought in the next round, or the last one says why
+                self._push()
+
+    def _last(self) -> None:
+        for left in reversed(range(TRIES)):
+            try:
+                self._push()
+                return
+            except FastconError:
+                raise
+            except Exception as error:
+                if not left:
+                    raise FastconError(
+                        f"{self._url} cannot be written ({one_line(error)}): run the same command again once it can"
+                    ) from error
+                time.sleep(PAUSE)
+
+    def _push(self) -> None:
+        """One round: what the record and the checksums speak of, then these as they were before."""
+        self._lease.check()
+        names = self._local()
+        last = {name: Path(self._folder, name).read_bytes() for name in sorted(names, key=_rank) if _comes_last(name)}
+        states = {name: self._state(name) for name in self._local() if not _comes_last(name)}
+        changed = [name for name, state in states.items() if self._there.get(name) != state]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for name, _ in zip(changed, pool.map(self._put_file, changed), strict=True):
+                self._there[name] = states[name]
+        for name in sorted(last, key=_rank, reverse=True):
+            if self._there.get(name) != last[name]:
+                self._filesystem.pipe_file(f"{self._key}/{name}", last[name])
+                self._there[name] = last[name]
+        for name in [name for name in self._there if self._gone(name)]:
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.rm_file(f"{self._key}/{name}")
+            del self._there[name]
+
+    def _put_file(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # gone by now: what speaks of it is gone in the next round
+            self._filesystem.put_file(os.path.join(self._folder, name), f"{self._key}/{name}")
+
+    def _gone(self, name: str) -> bool:
+        """Whether a file that is there has been removed here; logits that were never here go with their array."""
+        path = Path(self._folder, name)
+        if self._there[name] is None:
+            array = Path(self._folder, name.partition("/c/")[0])
+            return Path(self._folder, "zarr.json").exists() and not array.exists()
+        return not path.exists()
+
+    def _local(self) -> list[str]:
+        names = (str(path.relative_to(self._folder)) for path in Path(self._folder).rglob("*") if path.is_file())
+        return [name for name in names if not name.endswith((".partial", ".lock"))]
+
+    def _state(self, name: str) -> tuple[int, int]:
+        about = os.stat(os.path.join(self._folder, name))
+        return about.st_mtime_ns, about.st_size
+
+
+def _is_logits(name: str) -> bool:
+    array, _, chunk = name.partition("/c/")
+    return bool(chunk) and array.startswith("teachers/") and array.rsplit("/", 1)[-1] in ("logits", "scales", "classes")
+
+
+def _rank(name: str) -> int:
+    """In which order files that speak of others are read here, and, backwards, go there."""
+    if name in ("zarr.json", COPY):
+        return 0 if name == "zarr.json" else 1
+    return 2 if "checksums" in name.split("/") and not name.endswith("zarr.json") else 3
+
+
+def _comes_last(name: str) -> bool:
+    """Whether a file speaks of others."""
+    return name == COPY or name.endswith("zarr.json") or "checksums" in name.split("/")

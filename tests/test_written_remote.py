@@ -1,0 +1,359 @@
+"""Stores made in object storage: the same bytes as in a folder, one writer at a time, and whole at every moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+from conftest import BATCH, MACHINE, RECIPE, tree
+
+from fastcon.data.manifest import ImageSet
+from fastcon.distill import parts as in_parts
+from fastcon.distill.options import PrecomputeOptions
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.distill.verify import verify
+from fastcon.errors import Busy, FastconError, Interrupted
+from fastcon.files import cache_folder
+from fastcon.store import lease as leases
+from fastcon.store import mirror, parts
+from fastcon.store.lease import Lease
+from fastcon.store.parts import forget, opened
+from fastcon.store.reader import Store
+
+pytest.importorskip("moto")
+s3fs = pytest.importorskip("s3fs")
+from bucket import Bucket, serving  # noqa: E402
+
+PARTS = PrecomputeOptions(seed=3, size=32, batch_size=BATCH, logits="uint8", bake=True, parts=2)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
+    monkeypatch.setattr(leases, "BEAT", 0.2)
+    monkeypatch.setattr(leases, "EXPIRY", 1.0)
+    monkeypatch.setattr(leases, "LOOK", 0.05)
+    monkeypatch.setattr(mirror, "EVERY", 0.1)
+    monkeypatch.setattr(mirror, "PAUSE", 0.1)
+    monkeypatch.setattr(in_parts, "POLL_THERE", 0.2)
+    yield
+    if "bucket" in request.fixturenames:
+        server: Bucket = request.getfixturevalue("bucket")
+        server.latency = server.failing = 0.0
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """What there is at a place, but for logs."""
+    filesystem, key = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    return {
+        str(name)[len(key) :].lstrip("/"): filesystem.cat_file(name)
+        for name in filesystem.find(key)
+        if not str(name).endswith(".log")
+    }
+
+
+def test_the_same_bytes_as_in_a_folder(bucket, proxy, teachers, store_path):
+    """In two goes, each on a machine that has nothing of it, over a connection that fails."""
+    url = "s3://bucket/whole"
+    bucket.latency, bucket.failing = 0.005, 0.05
+    assert precompute(url, proxy, teachers[:1], RECIPE, 1, MACHINE, BATCH) == 150
+    assert precompute(url, proxy, teachers[:1], RECIPE, 2, MACHINE, BATCH) == 150
+    assert precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 300
+    bucket.failing = 0.0
+    assert objects(url) == tree(store_path)
+    assert precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 0
+    assert not list(cache_folder("writing").glob("store-*"))
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_parts_made_there(bucket, proxy_folder, tmp_path, generalist_file, teacher_file, at_once):
+    """With baked views, by so many processes with the same command."""
+    url = f"s3://bucket/parts-{at_once}"
+    command = [sys.executable, "-m", "fastcon", "precompute", str(proxy_folder), "--views", "2", "--size", "32"]
+    command += ["--precision", "float32", "--logits", "uint8", "--bake", "--parts", "3", "--device", "cpu"]
+    command += ["--generalist", f"general={generalist_file}", "--teacher", f"letters={teacher_file}"]
+    subprocess.run([*command, "--store", str(tmp_path / "store")], check=True)
+    running = [subprocess.Popen([*command, "--store", url]) for _ in range(at_once)]
+    assert [process.wait(300) for process in running] == [0] * at_once
+    assert objects(url) == tree(tmp_path / "store")
+    assert len(opened(url).teachers) == 2
+
+
+def test_parts_grow_and_shrink_there(bucket, proxy_folder, tmp_path, teachers):
+    images = ImageSet([str(proxy_folder)])
+    for path in ("s3://bucket/grown", str(tmp_path / "grown")):
+        assert in_parts.make(path, images, teachers[:1], PARTS, 1, MACHINE) == 150
+        assert in_parts.make(path, images, teachers, PARTS, 2, MACHINE) == 300
+        forget(path, "letters")
+        with pytest.raises(FastconError, match="has no teacher 'letters'"):
+            forget(path, "letters")
+    assert objects("s3://bucket/grown") == tree(tmp_path / "grown")
+    assert not [name for name in objects("s3://bucket/grown") if "letters" in name]
+    assert all(check.passed for check in verify("s3://bucket/grown", None, 32, MACHINE))
+
+
+def test_a_second_writer_is_refused(bucket, proxy, teachers, proxy_folder):
+    url = "s3://bucket/held"
+    precompute(url, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    before = objects(url)
+    with mirror.mirrored(url):
+        for write in (
+            lambda: precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH),
+            lambda: forget(url, "letters"),
+        ):
+            started = time.monotonic()
+            with pytest.raises(
+                Busy, match=rf"s3://bucket/held is being written by process {os.getpid()} on .*: wait for it"
+            ):
+                write()
+            assert time.monotonic() - started < 5
+    assert objects(url) == before
+
+
+def test_a_part_that_another_is_making_is_made_when_that_dies(bucket, proxy_folder, teachers, monkeypatch):
+    monkeypatch.setattr(leases, "EXPIRY", 6.0)
+    url = "s3://bucket/died"
+    told: list[str] = []
+    dead = Lease(f"{url}/part-00000/{mirror.LEASE}", f"{url}/part-00000").take()
+    dead._end.set()
+    images = ImageSet([str(proxy_folder)])
+    assert in_parts.make(url, images, teachers, PARTS, 1, MACHINE, say=told.append) == 150
+    assert any("waiting for part 0, which other processes are making" in line for line in told)
+    with pytest.raises(FastconError, match=r"died/part-00000 is written by another process by now"):
+        dead.check()
+    dead.release()  # which takes nothing from whoever has it now
+
+
+def test_leases(bucket, monkeypatch):
+    url = "s3://bucket/leases/a"
+    first = Lease(url, "a").take()
+    with pytest.raises(Busy):
+        Lease(url, "a").take()
+    time.sleep(1.5)  # it lives
+    with pytest.raises(Busy):
+        Lease(url, "a").take()
+    first.check()
+    first.release()
+    assert objects("s3://bucket/leases") == {}
+    dead = Lease(url, "a").take()
+    dead._end.set()
+    second = Lease(url, "a").take_over()
+    second.check()
+    assert list(objects(url)) == ["2"]
+    with pytest.raises(FastconError, match="by another process by now"):
+        dead.check()
+    second._end.set()
+    rivals, won = [Lease(url, "a") for _ in range(8)], []
+
+    def rival(lease):
+        with contextlib.suppress(Busy):
+            won.append(lease.take_over())
+
+    threads = [threading.Thread(target=rival, args=(lease,)) for lease in rivals]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(won) == 1
+    won[0].check()
+    won[0].release()
+
+
+def test_a_holder_that_was_thought_dead_writes_nothing_more(bucket, proxy, teachers):
+    url = "s3://bucket/paused"
+    precompute(url, proxy, teachers[:1], RECIPE, 1, MACHINE, BATCH)
+    before = objects(url)
+
+    def outlived():
+        with mirror.mirrored(url) as folder:
+            filesystem, key = fsspec.core.url_to_fs(url)
+            filesystem.pipe_file(f"{key}/{mirror.LEASE}/7", b"process 1 on another (x, 0)\n")
+            Path(folder, "shards").mkdir()
+            Path(folder, "shards/more").write_bytes(b"x")
+            time.sleep(0.5)
+
+    with pytest.raises(FastconError, match="paused is written by another process by now"):
+        outlived()
+    assert {name: data for name, data in objects(url).items() if mirror.LEASE not in name} == before
+
+
+def test_a_machine_that_is_lost(bucket, proxy_folder, proxy, teachers, generalist_file, teacher_file, tmp_path):
+    """Killed in the middle; the next one, which has nothing of it, makes what is not there yet."""
+    url = "s3://bucket/lost"
+    program = f"""
+import os, signal, time
+from conftest import *
+from fastcon.distill.precompute import Teacher, precompute
+from fastcon.data.manifest import index
+from fastcon.store import mirror, lease
+mirror.EVERY = 0.05
+lease.BEAT = 0.2
+teachers = [Teacher("general", {str(generalist_file)!r}, load({str(generalist_file)!r}), generalist=True),
+            Teacher("letters", {str(teacher_file)!r}, load({str(teacher_file)!r}))]
+def progress(done, total):
+    if done > 200:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+precompute({url!r}, index([{str(proxy_folder)!r}]), teachers, RECIPE, 2, MACHINE, BATCH, progress=progress)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "FASTCON_CACHE": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    done = Store(url).done("general")
+    assert 0 < done.sum() < done.size
+    with pytest.raises(FastconError, match="teacher 'general' is not finished"):
+        Store(url).require("general", 2)
+    left = sum(b - a for a, b in (Store(url).chunk_range(c) for v in range(2) for c in range(3) if not done[v, c]))
+    assert precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == left < 300
+    assert all(check.passed for check in verify(url, proxy, 32, MACHINE))
+    before = os.environ["FASTCON_CACHE"]
+    assert list(Path(tmp_path, "writing").glob("store-*"))  # swept by the next that writes there
+    try:
+        os.environ["FASTCON_CACHE"] = str(tmp_path)
+        precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    finally:
+        os.environ["FASTCON_CACHE"] = before
+    assert not list(Path(tmp_path, "writing").glob("store-*"))
+
+
+def test_whole_at_every_moment(store_path, proxy, teachers, tmp_path):
+    """Whichever upload is the last one, what the place says is there is there."""
+    grown = tmp_path / "grown"
+    shutil.copytree(store_path, grown)
+    more = [*teachers, Teacher("again", teachers[1].spec, teachers[1].model)]
+    precompute(str(grown), proxy, more, RECIPE, 3, MACHINE, BATCH)
+    memory = fsspec.filesystem("memory")
+
+    class Counted:
+        """The memory's file system, that loses its connection after some uploads."""
+
+        def __init__(self, left):
+            self.left = left
+
+        def __getattr__(self, name):
+            return getattr(memory, name)
+
+        def _spend(self):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("lost")
+
+        def pipe_file(self, *arguments):
+            self._spend()
+            memory.pipe_file(*arguments)
+
+        def put_file(self, *arguments):
+            self._spend()
+            memory.put_file(*arguments)
+
+    class Ours:
+        def check(self):
+            pass
+
+    def brought(start, end, uploads):
+        """The place after so many uploads of `end` to where `start` was; whether that was all."""
+        url = f"memory://moments/{time.monotonic_ns()}"
+        first = mirror._Mirror(url, str(start), Ours())
+        first._push() if start else None
+        second = mirror._Mirror(url, str(end), Ours())
+        second._there = dict(first._there) if start else {}
+        second._filesystem = Counted(uploads)
+        try:
+            second._push()
+        except OSError:
+            return url, False
+        return url, True
+
+    old = Store(store_path)
+    for start, end in ((None, store_path), (store_path, grown)):
+        uploads, seen, whole = 0, set(), False
+        while not whole:
+            url, whole = brought(start, end, uploads)
+            uploads += 1
+            try:
+                store = Store(url)
+            except FastconError:
+                assert start is None
+                continue
+            seen.add((store.views, len(store.teachers)))
+            for name in store.teachers:
+                done = store.done(name)
+                for view, chunk in zip(*done.nonzero(), strict=True):
+                    store.logits(name, int(view), int(chunk))
+            for view in range(store.views):
+                store.view(view)
+            if start:
+                assert all(store.done(name)[:2].all() for name in old.teachers)
+        assert uploads > 20
+        assert seen == ({(2, 2)} if start is None else {(2, 2), (3, 3)})
+        assert objects(url) == tree(end)
+
+
+def test_what_cannot_be_written(bucket, proxy, teachers, monkeypatch):
+    there = s3fs.S3FileSystem()
+    there.pipe("bucket/others/photo.jpg", b"x")
+    with pytest.raises(FastconError, match=r"others holds other files \(photo.jpg, …\) and no store"):
+        precompute("s3://bucket/others", proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    images = ImageSet(list(proxy.sources))
+    with pytest.raises(FastconError, match=r"others holds other files \(photo.jpg, …\) and no store"):
+        in_parts.make("s3://bucket/others", images, teachers, PARTS, 1, MACHINE)
+    with pytest.raises(FastconError, match=r"s3://nothing/store cannot be written \(.*bucket does not exist"):
+        precompute("s3://nothing/store", proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    url = "s3://bucket/named"
+    precompute(url, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
+    with pytest.raises(FastconError, match=r"^s3://bucket/named was made with seed 3, this call says 4"):
+        precompute(url, proxy, teachers, replace(RECIPE, seed=4), 1, MACHINE, BATCH)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+
+    def progress(done, total):
+        bucket.failing = 1.0
+
+    with pytest.raises(FastconError, match=r"s3://bucket/named (cannot be written|cannot be read) .*"):
+        precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH, progress=progress)
+    bucket.failing = 0.0
+    time.sleep(1.2)  # its lease could not be given back, and lapses
+    assert precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) == 150
+
+
+def test_a_signal_leaves_what_is_finished_there(bucket, proxy, teachers):
+    url = "s3://bucket/signal"
+
+    def progress(done, total):
+        if done > 200:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH, progress=progress)
+    assert Store(url).done("general").any()
+    assert 0 < precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH) < 300
+
+
+def test_repair_there(bucket, proxy_folder, teachers):
+    url, there = "s3://bucket/mended", s3fs.S3FileSystem()
+    in_parts.make(url, ImageSet([str(proxy_folder)]), teachers, PARTS, 2, MACHINE)
+    before = objects(url)
+    there.pipe("bucket/mended/part-00001/teachers/general/logits/c/1/0/0", b"rubbish")
+    there.rm("bucket/mended/part-00000/shards/view-000/chunk-00000.tar")
+    there.pipe("bucket/mended/part-00000/zarr.json", b"{}")
+    assert not all(check.passed for check in verify(url, None, 0, MACHINE))
+    assert all(check.passed for check in verify(url, None, 8, MACHINE, repair=True))
+    assert objects(url) == before
+    assert json.loads(before["parts.json"])["bound"]["1"]["views"] == 2
+    assert parts.has_parts(url)
