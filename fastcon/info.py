@@ -38,7 +38,7 @@ def _store(path: str) -> tuple[dict[str, Any], str]:
     lines = [
         f"{path}: store of format {FORMAT}, {store.rows:,} images x {store.views} views at {store.recipe.size} px",
         f"  images    digest {record.images.digest[:12]}, from {', '.join(record.images.sources)}"
-        + (f", share {share[0]} of {share[1]}" if share else ""),
+        + (f", share {share.number} of {share.parts}" if share else ""),
         *_how(store.recipe, record.pipeline),
     ]
     if store.recipe.bake is not None:

@@ -74,7 +74,7 @@ def test_parts_share_the_images_by_their_ids(whole, proxy):
     ids = [store.image_columns()[0] for store in stores]
     assert sorted(np.concatenate(ids).tolist()) == sorted(proxy.ids.tolist())
     assert all((part % np.uint64(3) == k).all() for k, part in enumerate(ids))
-    assert [store.record.images.share for store in stores] == [(0, 3), (1, 3), (2, 3)]
+    assert [store.record.images.share for store in stores] == [(k, 3, "image") for k in range(3)]
     assert [store.teachers["general"].weights_bytes is None for store in stores] == [False, True, True]  # kept once
 
 
@@ -173,7 +173,10 @@ def test_images_are_added_as_further_parts(copy, tmp_path, images, labelled_fold
     }
     store = parts.opened(copy)
     assert (store.rows, store.binding.count, store.views) == (150 + 84, 5, 2)
-    assert [store.part(k).record.images.share for k in range(5)] == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)]
+    assert [store.part(k).record.images.share for k in range(5)] == [
+        *((k, 3, "image") for k in range(3)),
+        *((k, 2, "image") for k in range(2)),
+    ]
     assert make(copy, more, teachers, parts=2, add=True) == 0  # they are there
     assert make(copy, images, teachers, views=3, parts=None) == 150  # of these alone
     assert parts.opened(copy).views == 2

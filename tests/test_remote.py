@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import BATCH, MACHINE, RECIPE, tree
 
+from fastcon import remote as files
 from fastcon.cli.main import main
 from fastcon.data.manifest import ImageSet
 from fastcon.distill import parts as in_parts
@@ -24,7 +25,6 @@ from fastcon.distill.train import train
 from fastcon.distill.verify import verify
 from fastcon.errors import FastconError
 from fastcon.files import cache_folder
-from fastcon.store import files
 from fastcon.store.parts import opened
 from fastcon.store.reader import Store
 

@@ -10,17 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from conftest import BATCH, MACHINE, RECIPE, tree
 
-from fastcon.data.manifest import ImageSet
+from fastcon import remote
+from fastcon.data.manifest import ImageSet, index
 from fastcon.distill import parts as in_parts
+from fastcon.distill.loader import Loader
 from fastcon.distill.options import PrecomputeOptions
 from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.verify import verify
@@ -28,6 +32,7 @@ from fastcon.errors import Busy, FastconError, Interrupted
 from fastcon.files import cache_folder
 from fastcon.store import lease as leases
 from fastcon.store import mirror, parts
+from fastcon.store.images import images_of
 from fastcon.store.lease import Lease
 from fastcon.store.parts import forget, opened
 from fastcon.store.reader import Store
@@ -307,6 +312,7 @@ def test_whole_at_every_moment(store_path, proxy, teachers, tmp_path):
 
 
 def test_what_cannot_be_written(bucket, proxy, teachers, monkeypatch):
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     there = s3fs.S3FileSystem()
     there.pipe("bucket/others/photo.jpg", b"x")
     with pytest.raises(FastconError, match=r"others holds other files \(photo.jpg, …\) and no store"):
@@ -320,7 +326,6 @@ def test_what_cannot_be_written(bucket, proxy, teachers, monkeypatch):
     precompute(url, proxy, teachers, RECIPE, 1, MACHINE, BATCH)
     with pytest.raises(FastconError, match=r"^s3://bucket/named was made with seed 3, this call says 4"):
         precompute(url, proxy, teachers, replace(RECIPE, seed=4), 1, MACHINE, BATCH)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
 
     def progress(done, total):
         bucket.failing = 1.0
@@ -357,3 +362,85 @@ def test_repair_there(bucket, proxy_folder, teachers):
     assert objects(url) == before
     assert json.loads(before["parts.json"])["bound"]["1"]["views"] == 2
     assert parts.has_parts(url)
+
+
+@pytest.fixture(scope="module")
+def shards(bucket, proxy_folder, tmp_path_factory):
+    """The images as five tars, here and there."""
+    here = tmp_path_factory.mktemp("shards")
+    files = sorted(path for path in proxy_folder.rglob("*") if path.is_file())
+    for k in range(5):
+        with tarfile.open(here / f"x-{k}.tar", "w") as tar:
+            for path in files[k::5]:
+                tar.add(path, path.name)
+    return here, bucket.put(here, "shards")
+
+
+SIZES = ("ids", "offsets", "sizes", "widths", "heights", "digests", "checksums", "names", "name_ends", "labels")
+
+
+def test_images_in_tars_there(bucket, shards, teachers, tmp_path):
+    """The same manifest and the same store; each tar is asked for once, and once more when it is another."""
+    here, there = shards[0] / "x-{0..4}.tar", shards[1] + "/x-{0..4}.tar"
+    bucket.asked.clear()
+    remote, local = index([there]), index([str(here)])
+    for column in SIZES:
+        assert np.array_equal(getattr(remote, column), getattr(local, column)), column
+    assert remote.sources == [there]
+    assert remote.digest == local.digest
+    precompute("s3://bucket/from-tars", remote, teachers, RECIPE, 1, MACHINE, BATCH)
+    precompute(str(tmp_path / "from-tars"), local, teachers, RECIPE, 1, MACHINE, BATCH)
+    ours, theirs = objects("s3://bucket/from-tars"), tree(tmp_path / "from-tars")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"zarr.json", "record.copy"}  # where images were
+    assert len(next(iter(Loader("s3://bucket/from-tars", None, 32))).pixels) == 32
+    assert sorted(name for name in bucket.asked if name.endswith(".tar")) == [f"shards/x-{k}.tar" for k in range(5)]
+    s3fs.S3FileSystem().put(str(shards[0] / "x-1.tar"), "bucket/shards/x-0.tar")
+    with pytest.raises(FastconError, match="changed since it was indexed"):
+        list(Loader("s3://bucket/from-tars", remote, 32))
+    assert index([there]).digest != local.digest
+    s3fs.S3FileSystem().put(str(shards[0] / "x-0.tar"), "bucket/shards/x-0.tar")
+    assert index([there]).digest == local.digest
+
+
+def test_parts_have_shares_of_tars(bucket, shards, teachers, tmp_path, monkeypatch):
+    """A process fetches those of its parts alone. The images may be used from elsewhere later."""
+    monkeypatch.setenv("FASTCON_CACHE", str(tmp_path / "cache"))
+    url, images = "s3://bucket/of-tars", ImageSet([shards[1] + "/x-{0..4}.tar"])
+    bucket.asked.clear()
+    assert in_parts.make(url, images, teachers, replace(PARTS, bake=False, part=(1,)), 1, MACHINE) == 60
+    assert {name for name in bucket.asked if name.endswith(".tar")} == {"shards/x-1.tar", "shards/x-3.tar"}
+    assert in_parts.make(url, images, teachers, replace(PARTS, bake=False), 1, MACHINE) == 90
+    store = opened(url)
+    names = {images_of(store).name(k).split("/")[0] for k in range(90)}
+    assert names == {"x-0.tar", "x-2.tar", "x-4.tar"}
+    assert len(list(Loader(url, [str(shards[0] / "x-{0..4}.tar")], 30, threads=1))) == 5
+    assert all(check.passed for check in verify(url, [str(shards[0] / "x-{0..4}.tar")], 8, MACHINE))
+    with pytest.raises(FastconError, match=r"is no .tar, and the parts of this store have shares of tars"):
+        next(iter(Loader(url, [str(shards[0])], 30)))
+    with pytest.raises(FastconError, match="5 tars cannot be shared among 6 parts, one at least each"):
+        in_parts.make("s3://bucket/many", images, teachers, replace(PARTS, parts=6), 1, MACHINE)
+
+
+def test_a_bound_that_the_tars_exceed(bucket, shards, monkeypatch, tmp_path):
+    """It is said, and all goes on."""
+    monkeypatch.setattr(remote._Kept, "limit", 2 * (shards[0] / "x-0.tar").stat().st_size)
+    monkeypatch.setenv("FASTCON_CACHE", str(tmp_path / "cache"))
+    told: list[str] = []
+    images = ImageSet([shards[1] + "/x-{0..4}.tar"], say=told.append)
+    assert len(images.manifest()) == 150
+    assert "will be fetched again and again: set $FASTCON_CACHE_GB higher, or make more `parts`" in told[0]
+    kept_there = sum(path.stat().st_size for path in cache_folder("stores").rglob("*.tar"))
+    assert 0 < kept_there <= remote.kept()
+
+
+def test_images_that_are_not_there(bucket, shards):
+    with pytest.raises(FastconError, match=r"^there is no s3://bucket/shards/x-7.tar$"):
+        index([shards[1] + "/x-{4,7}.tar"])
+    with pytest.raises(
+        FastconError, match=r"s3://bucket/shards lies in object storage, where images are read from .tar"
+    ):
+        index([shards[1]])
+    s3fs.S3FileSystem().pipe("bucket/shards/bad.tar", b"x" * 700)
+    with pytest.raises(FastconError, match=r"s3://bucket/shards/bad.tar is not a readable tar file"):
+        index([shards[1] + "/bad.tar"])

@@ -133,7 +133,7 @@ class _PartsOfOneImage(ImageSet):
     def manifest(self, share: Share | None = None) -> Manifest:
         """See ImageSet."""
         assert share is not None
-        return dataclasses.replace(_images(self._scratch, PART, share[0] * PART), share=share)
+        return dataclasses.replace(_images(self._scratch, PART, share.number * PART), share=share)
 
 
 def _index(scratch: Path, rows: int) -> Callable[[], object]:
@@ -175,7 +175,7 @@ def _parts(scratch: Path, rows: int) -> Callable[[], object]:
         binding = parts.Binding(shared, RECIPE, decode.settings(MACHINE), {"constant": TEACHER})
         for number in range(count):
             folder = parts.folder(str(path), number)
-            _fill(Path(folder), images.manifest((number, count)))
+            _fill(Path(folder), images.manifest(Share(number, count)))
             binding.bound[number] = parts.Bound.of(parts.Store(folder))
         with parts.changing(str(path)) as write:
             write(binding)

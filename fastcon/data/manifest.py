@@ -20,11 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcon import remote
 from fastcon.cores import cores
 from fastcon.data import sources as image_sources
 from fastcon.data.datasets import has_scheme
@@ -53,8 +55,13 @@ _COLUMNS = (
 )
 
 
-Share = tuple[int, int]
-"""(k, P): the images whose id leaves the remainder k when divided by P."""
+class Share(NamedTuple):
+    """Some of the images: those whose id leaves the remainder `number` when divided by `parts`, or those of every so many-th tar."""
+
+    number: int
+    parts: int
+    by: str = "image"
+    """"image" or "tar"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +188,11 @@ class ImageReader:
                 return file.read()
         with self._opening:
             if container not in self._files:
-                self._files[container] = os.open(manifest.places[container], os.O_RDONLY)
+                place = manifest.places[container]
+                if remote.is_url(place):
+                    self._files[container] = remote.opened(place)
+                else:
+                    self._files[container] = os.open(place, os.O_RDONLY)
         return os.pread(self._files[container], int(manifest.sizes[index]), offset)
 
     def close(self) -> None:
@@ -227,7 +238,7 @@ class ImageSet:
 
     def manifest(self, share: Share | None = None) -> Manifest:
         """The manifest of all images, or of a share of them. Raises FastconError where there is no usable image."""
-        part = f"-{share[0]}of{share[1]}" if share else ""
+        part = f"-{share.number}of{share.parts}-{share.by}" if share else ""
         folder = cache_folder("manifests") / f"v{CACHE_VERSION}-{int(self._trust)}-{self._stamp}{part}"
         manifest = _load(folder) if folder.exists() else None
         if manifest is None:
@@ -238,17 +249,39 @@ class ImageSet:
         self._check(manifest, share)
         return dataclasses.replace(manifest, share=share)
 
+    @property
+    def by(self) -> str:
+        """How the images are shared among parts: by tar where that spares fetching the others."""
+        return "tar" if all(map(remote.is_url, self.sources)) else "image"
+
     def _index(self, share: Share | None) -> Manifest:
+        if share and share.by == "tar":
+            tars = image_sources.tars(self.sources)
+            if share.parts > len(tars):
+                raise FastconError(
+                    f"{len(tars)} tars cannot be shared among {share.parts} parts, one at least each: choose fewer `parts`"
+                )
+            return self._looked_at(_listed(tars[share.number :: share.parts]))
         if self._listed is None:
             self._listed = _listed(self.sources)
         listed = self._listed
         if share is None:
             self._listed = None  # it is examined in place
         else:
-            number, count = share
-            here = np.flatnonzero(listed.ids % np.uint64(count) == number)
-            listed = dataclasses.replace(listed.select(here), rejects=listed.rejects if number == 0 else [])
-        return _examined(listed, self._trust, self._progress)
+            here = np.flatnonzero(listed.ids % np.uint64(share.parts) == share.number)
+            listed = dataclasses.replace(listed.select(here), rejects=listed.rejects if share.number == 0 else [])
+        return self._looked_at(listed)
+
+    def _looked_at(self, listed: Manifest) -> Manifest:
+        fetched = sum(
+            int(listed.sizes[listed.containers == k].sum()) for k, p in enumerate(listed.places) if remote.is_url(p)
+        )
+        if fetched > remote.kept():
+            self._say(
+                f"warning: these images have {fetched / 1e9:.1f} GB, and {remote.kept() / 1e9:g} GB of what lies in object storage are "
+                "kept here, so that much will be fetched again and again: set $FASTCON_CACHE_GB higher, or make more `parts`"
+            )
+        return dataclasses.replace(_examined(listed, self._trust, self._progress), sources=self.sources)
 
     def _check(self, manifest: Manifest, share: Share | None) -> None:
         rejects = manifest.rejects
@@ -260,7 +293,7 @@ class ImageSet:
                 f"first {name!r} ({reason}): remove them, or leave out `strict`"
             )
         if not len(manifest):
-            where = f"share {share[0]} of {share[1]} of " if share else ""
+            where = f"share {share.number} of {share.parts} of " if share else ""
             more = f"{len(rejects)} rejected" + (f", {first}" if first else "")
             way = ": choose fewer `parts`" if share and not rejects else ""
             raise FastconError(f"no readable image in {where}{', '.join(self._given)} ({more}){way}")
@@ -269,7 +302,7 @@ class ImageSet:
 
 
 def _absolute(source: str) -> str:
-    return source if has_scheme(source) else os.path.abspath(os.path.expanduser(source))
+    return source if has_scheme(source) or remote.is_url(source) else os.path.abspath(os.path.expanduser(source))
 
 
 def _listed(sources: list[str]) -> Manifest:

@@ -1,7 +1,8 @@
 """Image sources as the user names them → one listing: where each image's bytes lie, its name, its label.
 
-IMAGES is a folder, tar shards ('a-{000..005}.tar'), a text file of paths, or a named data set (`datasets`).
-The listing reads directories and tar headers only; `manifest` reads the bytes.
+IMAGES is a folder, tar shards ('a-{000..005}.tar', which may lie in object storage), a text file of paths, or a named data
+set (`datasets`). The listing reads directories and tar headers only; `manifest` reads the bytes. Tars in object storage are
+fetched whole and kept: images are read in an order of their own, and a request for each costs more time than running a network.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ import os
 import re
 import tarfile
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from fastcon import remote
 from fastcon.data import datasets
 from fastcon.data.published import Files
 from fastcon.errors import FastconError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
+
+
+FETCHED = 4
+"""Tars that are fetched at a time."""
 
 
 class Listing:
@@ -50,6 +58,18 @@ class Listing:
         self.name_ends.append(len(self.names))
         self.labels.extend(labels)
         self.label_ends.append(len(self.labels))
+
+
+def tars(sources: Sequence[str]) -> list[str]:
+    """The tars that all sources are. Raises FastconError where one is something else."""
+    found = []
+    for source in sources:
+        here = _shards(source) if remote.is_url(source) else list(map(str, _expand(source)))
+        other = next((name for name in here if not name.endswith(".tar")), None)
+        if other is not None:
+            raise FastconError(f"{other} is no .tar, and the parts of this store have shares of tars: give those")
+        found += here
+    return found
 
 
 def stamp(sources: Sequence[str]) -> str:
@@ -89,6 +109,13 @@ def _stat_lines(source: str) -> Iterator[str]:
                 yield "{}\0{}\0{}\0{}\n".format(name, labels, *_size_and_time(files.root / name))
             return
         source = str(files)
+    if remote.is_url(source):
+        urls = _shards(source)
+        with ThreadPoolExecutor(remote.AT_ONCE) as pool:
+            yield from (
+                f"{url}\0{version}\n" for url, version in zip(urls, pool.map(remote.version, urls), strict=True)
+            )
+        return
     for path in _expand(source):
         if path.is_dir():
             for name, entry in walk(path):
@@ -106,16 +133,32 @@ def _stat_lines(source: str) -> Iterator[str]:
 
 
 def _expand(source: str) -> list[Path]:
-    """Brace ranges {000..005} and lists {a,b} → existing paths."""
+    """Brace ranges and lists → existing paths."""
+    paths = [Path(name).expanduser() for name in _braces(source)]
+    missing = next((path for path in paths if not path.exists()), None)
+    if missing is not None:
+        raise FastconError(
+            f"no such image source: {missing} (a folder, .tar shards, a text file of paths or torchvision:NAME?root=…)"
+        )
+    return paths
+
+
+def _shards(source: str) -> list[str]:
+    """Tars in object storage. Raises FastconError for what is none."""
+    urls = _braces(source)
+    other = next((url for url in urls if not url.endswith(".tar")), None)
+    if other is not None:
+        raise FastconError(
+            f"{other} lies in object storage, where images are read from .tar shards: pack them into some"
+        )
+    return urls
+
+
+def _braces(source: str) -> list[str]:
+    """Brace ranges {000..005} and lists {a,b} → names."""
     braces = re.search(r"\{([^{}]+)\}", source)
     if not braces:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise FastconError(
-                f"no such image source: {source} (a folder, .tar shards, a text file of paths or "
-                "torchvision:NAME?root=…)"
-            )
-        return [path]
+        return [source]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if span:
         low, high = span.groups()
@@ -123,7 +166,7 @@ def _expand(source: str) -> list[Path]:
     else:
         middle = braces[1].split(",")
     before, after = source[: braces.start()], source[braces.end() :]
-    return [path for part in middle for path in _expand(before + part + after)]
+    return [name for part in middle for name in _braces(before + part + after)]
 
 
 def walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -149,6 +192,9 @@ class _Reader:
         if datasets.has_scheme(source):
             self._data_set(source)
             return
+        if remote.is_url(source):
+            self._fetched(_shards(source))
+            return
         for path in _expand(source):
             if path.is_dir():
                 self._folder(path)
@@ -172,19 +218,36 @@ class _Reader:
                 self.listing.skipped.append((name, f"cannot be read: {error.strerror}"))
 
     def _tar(self, path: Path) -> None:
-        self.listing.containers.append(str(path.resolve()))
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    self._member(path, member)
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        except (tarfile.TarError, OSError) as error:
+            self._members(str(path.resolve()), os.open(path, os.O_RDONLY))
+        except OSError as error:
             raise FastconError(f"{path} is not a readable tar file ({error}): fetch or make it again") from error
 
-    def _member(self, path: Path, member: tarfile.TarInfo) -> None:
+    def _fetched(self, urls: list[str]) -> None:
+        """List tars in object storage, with the next ones on their way."""
+        coming: deque[tuple[str, Future[int]]] = deque()
+        with ThreadPoolExecutor(FETCHED) as pool:
+            for url in [*urls, *[""] * FETCHED]:
+                if url:
+                    coming.append((url, pool.submit(remote.opened, url)))
+                if coming and (len(coming) > FETCHED or not url):
+                    first, descriptor = coming.popleft()
+                    self._members(first, descriptor.result())
+
+    def _members(self, place: str, descriptor: int) -> None:
+        self.listing.containers.append(place)
+        try:
+            with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    self._member(place.rsplit("/", 1)[-1], member)
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        except (tarfile.TarError, OSError) as error:
+            raise FastconError(f"{place} is not a readable tar file ({error}): fetch or make it again") from error
+
+    def _member(self, shard: str, member: tarfile.TarInfo) -> None:
         if Path(member.name).suffix.lower() not in SUFFIXES:
             return
-        name = f"{path.name}/{member.name}"
+        name = f"{shard}/{member.name}"
         if not member.isreg() or member.issparse():
             self.listing.skipped.append((name, "not a plain file in the tar (a link, say)"))
             return

@@ -28,8 +28,8 @@ from fastcon.errors import FastconError
 from fastcon.kernels.multihead_ce import QuantisedLogits, Segments
 from fastcon.machine import Machine
 from fastcon.models.classifier import Head
+from fastcon.remote import is_url
 from fastcon.store.codec import Parts, Quantised
-from fastcon.store.files import is_url
 from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.pixels import check_pixels

@@ -19,9 +19,9 @@ from fastcon.distill.precompute import Progress, Say, Teacher
 from fastcon.errors import Busy, FastconError
 from fastcon.machine import Machine, rank
 from fastcon.models import frozen
+from fastcon.remote import has, is_url, names
 from fastcon.store import parts
 from fastcon.store.codec import check_kind
-from fastcon.store.files import has, is_url, names
 from fastcon.store.images import manifest_of
 from fastcon.store.mirror import mirrored
 from fastcon.store.parts import Binding, Bound, Shared
@@ -160,7 +160,7 @@ def _with_images(path: str, binding: Binding, images: ImageSet, options: Precomp
     if which is None and (options.add or not binding.sets):
         if not binding.sets and (options.parts is None or options.add):
             raise FastconError(f"{path} has no parts yet: say with `parts` how many there are to be, without `add`")
-        made = Shared(images.sources, options.parts or 1)
+        made = Shared(images.sources, options.parts or 1, images.by)
         return dataclasses.replace(binding, sets=(*binding.sets, made)), len(binding.sets)
     if which is None and len(binding.sets) > 1:
         raise FastconError(

@@ -113,7 +113,7 @@ def precompute(
             set_samples(store, decode_samples(store, manifest, machine))
         else:
             check_pixels(store, manifest, machine, exact=True)
-        first = manifest.share is None or manifest.share[0] == 0
+        first = manifest.share is None or manifest.share.number == 0
         for teacher in teachers:
             weights = teacher.model.export(teacher.model.heads[0].name) if teacher.generalist and first else None
             if isinstance(compile, Mapping):

@@ -33,9 +33,9 @@ from fastcon.kernels.multihead_ce import MultiHeadLoss, Segments
 from fastcon.machine import Machine
 from fastcon.models.classifier import Classifier, choose_batch_norm
 from fastcon.ranks import Ranks, join
+from fastcon.remote import keep_at_most
 from fastcon.run import RUN_HEADS, RUN_WEIGHTS, Metrics, Run, Waits, stop_signals
 from fastcon.store.codec import TopK
-from fastcon.store.files import keep_at_most
 from fastcon.store.images import Given, PartImages, images_of
 from fastcon.store.parts import opened
 from fastcon.store.reader import Stored

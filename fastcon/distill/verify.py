@@ -24,9 +24,9 @@ from fastcon.errors import FastconError
 from fastcon.machine import Machine
 from fastcon.models.frozen import Frozen
 from fastcon.models.load import from_bytes, load
+from fastcon.remote import is_url
 from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
-from fastcon.store.files import is_url
 from fastcon.store.images import image_sets, manifest_of
 from fastcon.store.mirror import mirrored
 from fastcon.store.pixels import check_pixels, decode_samples

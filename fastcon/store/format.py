@@ -31,6 +31,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcon.data.manifest import Share
 from fastcon.errors import FastconError
 from fastcon.store.codec import codec
 
@@ -98,8 +99,8 @@ class ImagesRecord:
     name_bytes: int
     sources: list[str]
     """IMAGES as the user gave them, absolute: where the images were."""
-    share: tuple[int, int] | None = None
-    """(k, P): of these, the images whose id leaves the remainder k when divided by P; None: all."""
+    share: Share | None = None
+    """Which of their images; None: all."""
 
     def json(self) -> dict[str, Any]:
         """As written into the store."""
@@ -110,7 +111,7 @@ class ImagesRecord:
     def parse(cls, record: dict[str, Any]) -> ImagesRecord:
         """The record that `json` wrote. Raises TypeError for another."""
         share = record.get("share")
-        return cls(**{**record, "share": share and (int(share[0]), int(share[1]))})
+        return cls(**{**record, "share": share and Share(*share)})
 
 
 @dataclasses.dataclass(frozen=True)

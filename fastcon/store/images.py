@@ -66,8 +66,14 @@ class PartImages:
 
     @property
     def has_labels(self) -> bool:
-        """Whether images have a class: those of each set's first part tell. Sets with other classes have none in common."""
-        firsts = [self.part(self._store.binding.numbers(which)[0]) for which in range(len(self._sets))]
+        """Whether images have a class: those of each set's first part tell, or of each part where tars are shared. Where classes
+        differ there are none in common.
+        """
+        binding = self._store.binding
+        numbers = [
+            binding.numbers(k) if each.by == "tar" else binding.numbers(k)[:1] for k, each in enumerate(binding.sets)
+        ]
+        firsts = [self.part(number) for some in numbers for number in some]
         return firsts[0].has_labels and all(first.classes == firsts[0].classes for first in firsts)
 
     @property

@@ -17,7 +17,7 @@ import time
 import uuid
 
 from fastcon.errors import Busy, FastconError, one_line
-from fastcon.store.files import filesystem_of
+from fastcon.remote import filesystem_of
 
 BEAT, EXPIRY = 10.0, 60.0
 """Seconds between two signs of life, and without one until a holder counts as dead."""

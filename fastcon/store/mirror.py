@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fastcon.errors import FastconError, one_line
 from fastcon.files import cache_folder
-from fastcon.store.files import AT_ONCE, filesystem_of
+from fastcon.remote import AT_ONCE, filesystem_of
 from fastcon.store.format import COPY
 from fastcon.store.lease import Lease
 

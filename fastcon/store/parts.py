@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastcon.data.manifest import Share
 from fastcon.errors import FastconError, one_line
 from fastcon.files import write_atomically
+from fastcon.remote import Unreachable, get, has, is_url, put
 from fastcon.store import writer
 from fastcon.store.chunks import Chunks
-from fastcon.store.files import Unreachable, get, has, is_url, put
 from fastcon.store.format import FORMAT, Recipe, TeacherRecord, record_digest
 from fastcon.store.lease import Lease
 from fastcon.store.reader import Store, Stored
@@ -62,6 +63,8 @@ class Shared:
 
     sources: list[str]
     parts: int
+    by: str = "image"
+    """How: see `data.manifest.Share`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +94,11 @@ class Binding:
         start = sum(each.parts for each in self.sets[:which])
         return range(start, start + self.sets[which].parts)
 
-    def share(self, number: int) -> tuple[int, tuple[int, int]]:
+    def share(self, number: int) -> tuple[int, Share]:
         """Which set a part has a share of, and which share."""
         which = next(k for k in range(len(self.sets)) if number in self.numbers(k))
         numbers = self.numbers(which)
-        return which, (number - numbers.start, len(numbers))
+        return which, Share(number - numbers.start, len(numbers), self.sets[which].by)
 
     def file(self) -> bytes:
         """As it is written."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from fastcon.data.manifest import Manifest
 from fastcon.errors import FastconError, one_line
+from fastcon.remote import Unreachable, files_of, filesystem_of, is_url
 from fastcon.store import arrays
 from fastcon.store.chunks import Chunks
 from fastcon.store.codec import Codec, Parts, codec
-from fastcon.store.files import Unreachable, files_of, filesystem_of, is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,

@@ -20,9 +20,9 @@ from fastcon.data import views
 from fastcon.data.manifest import Manifest
 from fastcon.errors import Busy, FastconError
 from fastcon.files import write_atomically
+from fastcon.remote import is_url
 from fastcon.store import arrays
 from fastcon.store.codec import Parts, check_kind
-from fastcon.store.files import is_url
 from fastcon.store.format import (
     COPY,
     FORMAT,

@@ -1,8 +1,8 @@
-"""Where the files of a store are: in a folder, or in object storage (s3://… and whatever else fsspec reaches).
+"""Object storage (s3://… and whatever else fsspec reaches): files of stores, and tars of images.
 
-Of a store in object storage a folder of the cache holds what has been read, so that everything else reads files: what the
-store's checksums cover stays there from run to run, all stores together within a bound, the least recently used going first;
-the rest is fetched once each time the store is opened.
+A folder of the cache holds what has been read, so that everything else reads files. Tars, and of a store what its checksums
+cover, stay there from run to run, all together within a bound, the least recently used going first; the rest of a store is
+fetched once each time it is opened.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fastcon.errors import FastconError, one_line
 from fastcon.files import cache_folder
 
 GIGABYTES = 50.0
-"""Of all stores in object storage that are kept on this machine, unless $FASTCON_CACHE_GB or `keep_at_most` says otherwise."""
+"""Of what lies in object storage and is kept on this machine, unless $FASTCON_CACHE_GB or `keep_at_most` says otherwise."""
 AT_ONCE = 16
 """Files of a store that are fetched at a time."""
 
 
-_LASTING = ("order", "boxes", "flips", "logits", "scales", "classes")
+_LASTING, _WHOLE = ("order", "boxes", "flips", "logits", "scales", "classes"), "tars"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a store lies in object storage (s3://…) rather than in a folder."""
+    """Whether something lies in object storage (s3://…) rather than on this machine."""
     return "://" in os.fspath(path)
 
 
@@ -49,7 +49,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 class _Kept:
-    """How many bytes of all stores are kept: those found when they were last counted, and those added since."""
+    """How many bytes are kept: those found when they were last counted, and those added since."""
 
     limit = 1e9 * float(os.environ.get("FASTCON_CACHE_GB", GIGABYTES))
     counted: int | None = None
@@ -57,8 +57,13 @@ class _Kept:
     lock = threading.Lock()
 
 
+def kept() -> float:
+    """How many bytes of what lies in object storage are kept here."""
+    return _Kept.limit
+
+
 def keep_at_most(gigabytes: float) -> None:
-    """Set how many gigabytes of stores in object storage are kept here, for this process."""
+    """Set how many gigabytes of what lies in object storage are kept here, for this process."""
     _Kept.limit = gigabytes * 1e9
 
 
@@ -163,36 +168,66 @@ class Bucket(Files):
 
     def _fetched(self, name: str) -> str:
         path = os.path.join(self.root, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
-        try:
-            self._fetch(name, partial)
-            os.replace(partial, path)
-        except FileNotFoundError:  # an older copy is none of it
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+        _fetch(self._filesystem, f"{self._key}/{name}", f"{self.url}/{name}", path)
         if _lasts(name):
             _make_room(os.path.getsize(path))
         return path
 
-    def _fetch(self, name: str, to: str) -> None:
-        """Raises FileNotFoundError or Unreachable; trying again, later and later, is in the libraries below fsspec."""
-        try:
-            self._filesystem.get_file(f"{self._key}/{name}", to)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise Unreachable(
-                    f"{self.url}/{name} does not fit on the disk of {self.root}: free space, or keep less of it with `cache`"
-                ) from error
+
+def version(url: str) -> str:
+    """What changes whenever a file in object storage does. Raises FastconError where there is none."""
+    filesystem, key = filesystem_of(url)
+    try:
+        filesystem.invalidate_cache()
+        return str(filesystem.ukey(key))
+    except FileNotFoundError:
+        raise FastconError(f"there is no {url}") from None
+    except Exception as error:
+        raise Unreachable(f"{url} cannot be reached ({one_line(error)})") from error
+
+
+def opened(url: str) -> int:
+    """A descriptor of a copy, which stays like the chunks of a store, of a file in object storage. Raises FastconError."""
+    name = hashlib.sha256(f"{url}\0{version(url)}".encode()).hexdigest()[:16]
+    path = str(cache_folder("stores") / name / _WHOLE / url.rsplit("/", 1)[-1])
+    with _fetching.setdefault(path, threading.Lock()):
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                return os.open(path, os.O_RDONLY)
+            filesystem, key = filesystem_of(url)
+            try:
+                _fetch(filesystem, key, url, path)
+            except FileNotFoundError:
+                raise FastconError(f"there is no {url} any more: put it back") from None
+            _make_room(os.path.getsize(path))
+
+
+_fetching: dict[str, threading.Lock] = {}
+
+
+def _fetch(filesystem: Any, key: str, url: str, path: str) -> None:
+    """Bring a file here, at once. Raises FileNotFoundError or Unreachable; trying again is in the libraries below fsspec."""
+    partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        filesystem.get_file(key, partial)
+        os.replace(partial, path)
+    except FileNotFoundError:  # an older copy is none of it
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise Unreachable(
-                f"{self.url}/{name} could not be fetched ({one_line(error)}): run the same command again once it can be reached"
+                f"{url} does not fit on the disk of {cache_folder('stores')}: free space, or keep less of it with `cache`"
             ) from error
+        raise Unreachable(
+            f"{url} could not be fetched ({one_line(error)}): run the same command again once it can be reached"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
 
 
 def _over(future: Future[str], name: str) -> bool:
@@ -230,9 +265,9 @@ def _lasting(folder: Path) -> list[tuple[float, int, str]]:
 
 
 def _lasts(name: str) -> bool:
-    """Whether a file is one of the many whose bytes are checked whenever they are read: logits, views, shards."""
+    """Whether a file is one of the many whose bytes are checked whenever they are read: logits, views, shards, tars."""
     array, _, chunk = name.partition("/c/")
-    return array.rsplit("/", 1)[-1] in _LASTING if chunk else "shards" in name.split("/")
+    return array.rsplit("/", 1)[-1] in _LASTING if chunk else bool({"shards", _WHOLE} & set(name.split("/")))
 
 
 def files_of(path: str) -> Files:
