@@ -40,6 +40,7 @@ def imported(path: Path) -> set[str]:
             {f"cli/{name}" for name in ("distill", "group", "images", "options", "output", "results", "transfer")},
         ),
         ("zarr", {"store/arrays"}),
+        ("fsspec", {"remote"}),
         ("nvidia", {"data/decode"}),
         ("triton", {"multihead_ce_triton"}),
         ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe", "distill/relate"}),
@@ -61,6 +62,7 @@ def test_kernels_import_nothing_from_fastcon():
 LAYERS = [
     "errors",
     "files",
+    "remote",
     "options",
     "cores",
     "machine",

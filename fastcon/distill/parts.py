@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from fastcon.data import decode
 from fastcon.data.manifest import ImageSet, Manifest
@@ -99,19 +101,55 @@ def precompute(
         bound = parts.read(path).bound
         return [number for number in wanted if not _whole(bound.get(number), names, views)]
 
-    while left := missing():
-        made = False
-        for number in left:
-            if number in missing():  # nobody made it meanwhile
-                with contextlib.suppress(Busy):
-                    rows += _part(path, number, images, teachers, options, views, machine, progress, say)
-                    made = True
-        if not made:
-            if not told:
-                say(f"waiting for {_listed(left)}, which other processes are making")
-                told = True
-            time.sleep(POLL_THERE if is_url(path) else POLL)
+    with _Ending(not is_url(path), say) as ending:
+        while left := missing():
+            made = False
+            for number in left:
+                if number not in ending.going and number in missing():  # nobody made it meanwhile
+                    with contextlib.suppress(Busy):
+                        computed, end = _part(path, number, images, teachers, options, views, machine, progress, say)
+                        ending.add(number, end)
+                        rows, made = rows + computed, True
+            ending.wait()
+            if not made:
+                if not told:
+                    say(f"waiting for {_listed(left)}, which other processes are making")
+                    told = True
+                time.sleep(POLL_THERE if is_url(path) else POLL)
     return rows
+
+
+class _Ending:
+    """Ends parts: at once, or, where that means uploads, one after another while the next are computed."""
+
+    def __init__(self, at_once: bool, say: Say) -> None:
+        self.going: set[int] = set()
+        """Those that were computed here."""
+        self._at_once, self._say, self._pool = at_once, say, ThreadPoolExecutor(1)
+        self._last: Future[str] | None = None
+
+    def __enter__(self) -> _Ending:
+        return self
+
+    def add(self, number: int, end: Callable[[], str]) -> None:
+        """End a part, once the one before has ended. Raises what ending that raised; this one is ended all the same."""
+        self.going.add(number)
+        if self._at_once:
+            self._say(end())
+            return
+        try:
+            self.wait()
+        finally:
+            self._last = self._pool.submit(end)
+
+    def wait(self) -> None:
+        """Wait for the last one. Raises what ending it raised."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._say(last.result())
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown()
 
 
 def _bind(
@@ -239,19 +277,24 @@ def _part(
     machine: Machine,
     progress: Progress | None,
     say: Say,
-) -> int:
-    """Make a part, and enter it into the record. Raises Busy where another process is making it."""
+) -> tuple[int, Callable[[], str]]:
+    """Make a part; the rows computed, and what enters it into the record and says so. Raises Busy where another process is making it."""
     binding, where = parts.read(path), parts.folder(path, number)
     ways = {name: record.compile or frozen.PLAIN for name, record in binding.teachers.items()}
     manifest = images.manifest(binding.share(number)[1])
-    with mirrored(where, patient=False) if is_url(where) else contextlib.nullcontext(where) as folder:
+    with contextlib.ExitStack() as held:
+        folder = held.enter_context(mirrored(where, patient=False)) if is_url(where) else where
         rows = _fill(folder, manifest, teachers, options, views, machine, progress, ways, say)
-        bound = Bound.of(Store(folder))
-    with parts.changing(path) as write:
-        binding = parts.read(path)
-        write(dataclasses.replace(binding, bound=binding.bound | {number: bound}))
-    say(f"part {number} of {binding.count} is made ({len(manifest):,} images)")
-    return rows
+        bound, still_held = Bound.of(Store(folder)), held.pop_all()
+
+    def end() -> str:
+        still_held.close()
+        with parts.changing(path) as write:
+            binding = parts.read(path)
+            write(dataclasses.replace(binding, bound=binding.bound | {number: bound}))
+        return f"part {number} of {binding.count} is made ({len(manifest):,} images)"
+
+    return rows, end
 
 
 def _in_turn(wanted: list[int]) -> list[int]:

@@ -178,20 +178,26 @@ class _Mirror:
         states = {name: self._state(name) for name in self._local() if not _comes_last(name)}
         changed = [name for name, state in states.items() if self._there.get(name) != state]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for name, _ in zip(changed, pool.map(self._put_file, changed), strict=True):
+            for name, _ in zip(changed, pool.map(self._put, changed), strict=True):
                 self._there[name] = states[name]
-        for name in sorted(last, key=_rank, reverse=True):
-            if self._there.get(name) != last[name]:
-                self._filesystem.pipe_file(f"{self._key}/{name}", last[name])
-                self._there[name] = last[name]
-        for name in [name for name in self._there if self._gone(name)]:
-            with contextlib.suppress(FileNotFoundError):
-                self._filesystem.rm_file(f"{self._key}/{name}")
-            del self._there[name]
+            for rank in (METADATA, CHECKSUMS, RECORD):
+                some = [name for name in last if _rank(name) == rank and self._there.get(name) != last[name]]
+                for name, _ in zip(some, pool.map(lambda name: self._put(name, last[name]), some), strict=True):
+                    self._there[name] = last[name]
+            gone = [name for name in self._there if self._gone(name)]
+            for name, _ in zip(gone, pool.map(self._remove, gone), strict=True):
+                del self._there[name]
 
-    def _put_file(self, name: str) -> None:
+    def _put(self, name: str, data: bytes | None = None) -> None:
+        if data is not None:
+            self._filesystem.pipe_file(f"{self._key}/{name}", data)
+            return
         with contextlib.suppress(FileNotFoundError):  # gone by now: what speaks of it is gone in the next round
             self._filesystem.put_file(os.path.join(self._folder, name), f"{self._key}/{name}")
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(f"{self._key}/{name}")
 
     def _gone(self, name: str) -> bool:
         """Whether a file that is there has been removed here; logits that were never here go with their array."""
@@ -215,13 +221,18 @@ def _is_logits(name: str) -> bool:
     return bool(chunk) and array.startswith("teachers/") and array.rsplit("/", 1)[-1] in ("logits", "scales", "classes")
 
 
+RECORD, CHECKSUMS, METADATA, REST = range(4)
+
+
 def _rank(name: str) -> int:
-    """In which order files that speak of others are read here, and, backwards, go there."""
-    if name in ("zarr.json", COPY):
-        return 0 if name == "zarr.json" else 1
-    return 2 if "checksums" in name.split("/") and not name.endswith("zarr.json") else 3
+    """In which order files are read here, and, backwards, go there."""
+    if name == "zarr.json":
+        return RECORD
+    if name == COPY or name.endswith("zarr.json"):
+        return METADATA
+    return CHECKSUMS if "checksums" in name.split("/") else REST
 
 
 def _comes_last(name: str) -> bool:
     """Whether a file speaks of others."""
-    return name == COPY or name.endswith("zarr.json") or "checksums" in name.split("/")
+    return _rank(name) != REST
