@@ -422,6 +422,20 @@ def test_parts_have_shares_of_tars(bucket, shards, teachers, tmp_path, monkeypat
         in_parts.make("s3://bucket/many", images, teachers, replace(PARTS, parts=6), 1, MACHINE)
 
 
+def test_labels_of_shares_of_tars(bucket, labelled_folder, teachers, tmp_path):
+    """Classes are those of a part's own tars: where these differ there are none in common."""
+    folders = sorted(path for path in labelled_folder.iterdir() if path.is_dir())
+    for name, classes in (("same-0", [0, 1]), ("same-1", [0, 1]), ("other-0", [2, 3]), ("other-1", [4, 5])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number in classes:
+                tar.add(folders[number], folders[number].name)
+    there = bucket.put(tmp_path, "labels")
+    for name, labelled in (("same", True), ("other", False)):
+        images = ImageSet([there + f"/{name}-{{0,1}}.tar"])
+        in_parts.make(f"s3://bucket/labelled-{name}", images, teachers[:1], replace(PARTS, bake=False), 1, MACHINE)
+        assert images_of(opened(f"s3://bucket/labelled-{name}")).has_labels == labelled
+
+
 def test_a_bound_that_the_tars_exceed(bucket, shards, monkeypatch, tmp_path):
     """It is said, and all goes on."""
     monkeypatch.setattr(remote._Kept, "limit", 2 * (shards[0] / "x-0.tar").stat().st_size)
