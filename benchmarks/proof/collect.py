@@ -22,6 +22,8 @@ OVERLAYS = {
     "three": ("three",),
     "five": ("five",),
     "even": ("three", "even"),
+    "again": ("three", "again"),
+    "codecs": ("codecs",),
 }
 """Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")
@@ -51,7 +53,15 @@ def collect(out: Path, name: str, commit: str) -> dict[str, Any]:
     return {key: made[key] for key in ("command", "commit", "hardware", "versions")} | {
         "seconds_of_commands": round(sum(seconds)),
         "rows": rows,
+        "fine_tuned": _others(out, "finetune", ("shots", "epochs", "lr_grid", "train_images", "accuracies", "accuracy")),
+        "heads": _others(out, "evaluate", ("head", "accuracy", "test_images")),
     }
+
+
+def _others(out: Path, command: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The results of a study's other evaluations, accuracies as fractions."""
+    found = [json.loads(file.read_text()) for file in sorted(out.glob(f"jobs/{command}-*.json"))]
+    return [{"task": row["task"], "backbone": row["name"]} | {key: row[key] for key in keys if key in row} for row in found]
 
 
 def tables(record: dict[str, Any]) -> str:
