@@ -274,3 +274,51 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv("RANK", number)
         with pytest.raises(kind, match="4 ranks here, and PyTorch sees 2 GPUs: use `torchrun --nproc-per-node 2`"):
             join(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, "hosts" that a cable connects and nothing else reaches: what runs a command in each, and addresses."""
+    names = [f"fastcon-{os.getpid()}-{k}" for k in range(2)]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no network namespaces here")
+    try:
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
+        for k, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{addresses[k]}/24", "dev", f"cable{k}")
+            ip("-n", name, "link", "set", f"cable{k}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names], addresses
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one(hosts, tmp_path, store_path):
+    """torchrun on two hosts, a rank each: the metrics and weights of two ranks on one."""
+    inside, addresses = hosts
+    script = str(Path(__file__).with_name("ranked.py"))
+    [lines] = ranked(2, {"store": str(store_path), "out": str(tmp_path / "one"), **CALL})
+    call = json.dumps([{"store": str(store_path), "out": str(tmp_path / "two"), **CALL}])
+    running = []
+    for k in range(2):
+        command = [*inside[k], sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={addresses[0]}:29400", "--rdzv-id=test"]
+        command += [f"--rdzv-conf=is_host={1 - k}", f"--local-addr={addresses[k]}", script, call]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{k}"}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], [errors.decode()[-2000:] for _, errors in said]
+    assert len(lines) == 2
+    assert (tmp_path / "two/metrics.jsonl").read_bytes() == (tmp_path / "one/metrics.jsonl").read_bytes()
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
