@@ -100,6 +100,20 @@ def test_the_domains_of_real_teachers():
     assert silhouette == pytest.approx(0.39, abs=0.02)
 
 
+def test_parts_of_a_domain_come_out_together():
+    """Fifths of AID beside thirds of Flowers and Grocery, as measured: see benchmarks/README.md."""
+    above = """
+        .325 .312 .225 .440 .120 .157 .205 .129 .143 .158   .362 .298 .381 .142 .160 .269 .136 .163 .166
+        .605 .307 .069 .115 .191 .156 .149 .122   .274 .084 .101 .149 .114 .127 .089   .194 .182 .174 .178 .161 .259
+        .432 .400 .201 .285 .243   .370 .271 .299 .233   .222 .305 .311   .352 .510   .475"""
+    cka = np.eye(11)
+    cka[np.triu_indices(11, 1)] = [float(value) for value in above.split()]
+    cka = np.maximum(cka, cka.T)
+    found, silhouette = domains(cka)
+    assert found == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
+    assert silhouette == pytest.approx(0.46, abs=0.02)
+
+
 def test_silhouettes_equal_scikit_learns():
     apart = 1 - blocks(3, 2, 2, inside=0.7) + 0.05 * np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
     np.fill_diagonal(apart, 0)
