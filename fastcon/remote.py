@@ -30,6 +30,7 @@ AT_ONCE = 16
 
 
 _LASTING, _WHOLE = ("order", "boxes", "flips", "logits", "scales", "classes"), "tars"
+_FOLDERS = {"shards", _WHOLE}
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -168,7 +169,7 @@ class Bucket(Files):
 
     def _fetched(self, name: str) -> str:
         path = os.path.join(self.root, name)
-        _fetch(self._filesystem, f"{self._key}/{name}", f"{self.url}/{name}", path)
+        fetch(self._filesystem, f"{self._key}/{name}", f"{self.url}/{name}", path)
         if _lasts(name):
             _make_room(os.path.getsize(path))
         return path
@@ -179,16 +180,19 @@ def version(url: str) -> str:
     filesystem, key = filesystem_of(url)
     try:
         filesystem.invalidate_cache()
-        return str(filesystem.ukey(key))
+        return hashlib.sha256(str(filesystem.info(key)).encode()).hexdigest()
     except FileNotFoundError:
         raise FastconError(f"there is no {url}") from None
     except Exception as error:
         raise Unreachable(f"{url} cannot be reached ({one_line(error)})") from error
 
 
-def opened(url: str) -> int:
-    """A descriptor of a copy, which stays like the chunks of a store, of a file in object storage. Raises FastconError."""
-    name = hashlib.sha256(f"{url}\0{version(url)}".encode()).hexdigest()[:16]
+def opened(url: str, version: str) -> int:
+    """A descriptor of a copy, which stays like the chunks of a store, of a file in object storage. Raises FastconError.
+
+    To be closed soon: copies that had to go take up space as long as they are open.
+    """
+    name = hashlib.sha256(f"{url}\0{version}".encode()).hexdigest()[:16]
     path = str(cache_folder("stores") / name / _WHOLE / url.rsplit("/", 1)[-1])
     with _fetching.setdefault(path, threading.Lock()):
         while True:
@@ -197,7 +201,7 @@ def opened(url: str) -> int:
                 return os.open(path, os.O_RDONLY)
             filesystem, key = filesystem_of(url)
             try:
-                _fetch(filesystem, key, url, path)
+                fetch(filesystem, key, url, path)
             except FileNotFoundError:
                 raise FastconError(f"there is no {url} any more: put it back") from None
             _make_room(os.path.getsize(path))
@@ -206,7 +210,7 @@ def opened(url: str) -> int:
 _fetching: dict[str, threading.Lock] = {}
 
 
-def _fetch(filesystem: Any, key: str, url: str, path: str) -> None:
+def fetch(filesystem: Any, key: str, url: str, path: str) -> None:
     """Bring a file here, at once. Raises FileNotFoundError or Unreachable; trying again is in the libraries below fsspec."""
     partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
@@ -267,7 +271,12 @@ def _lasting(folder: Path) -> list[tuple[float, int, str]]:
 def _lasts(name: str) -> bool:
     """Whether a file is one of the many whose bytes are checked whenever they are read: logits, views, shards, tars."""
     array, _, chunk = name.partition("/c/")
-    return array.rsplit("/", 1)[-1] in _LASTING if chunk else bool({"shards", _WHOLE} & set(name.split("/")))
+    first, *rest = name.split("/")  # the name of the store's folder in the cache may come first
+    return (
+        array.rsplit("/", 1)[-1] in _LASTING
+        if chunk
+        else bool({first, *(rest[:1] if first != "teachers" else [])} & _FOLDERS)
+    )
 
 
 def files_of(path: str) -> Files:
@@ -277,11 +286,15 @@ def files_of(path: str) -> Files:
 
 def get(url: str, name: str) -> bytes | None:
     """A small file of a store in object storage, as it is now; None where there is none. Raises FastconError."""
-    files: Any = Bucket(url)
+    filesystem, key = filesystem_of(url)
     try:
-        return Path(files.path(name)).read_bytes()
+        return bytes(filesystem.cat_file(f"{key}/{name}"))
     except FileNotFoundError:
         return None
+    except Exception as error:
+        raise Unreachable(
+            f"{url}/{name} could not be fetched ({one_line(error)}): run the same command again once it can be reached"
+        ) from error
 
 
 def put(url: str, name: str, data: bytes) -> None:
@@ -305,7 +318,8 @@ def names(path: str) -> list[str]:
     filesystem, key = filesystem_of(path)
     try:
         filesystem.invalidate_cache()
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(key, detail=False))
+        found = [str(entry).rstrip("/") for entry in filesystem.ls(key, detail=False)]
+        return sorted(entry.rsplit("/", 1)[-1] for entry in found if entry.strip("/") != key.strip("/"))
     except FileNotFoundError:
         return []
     except Exception as error:

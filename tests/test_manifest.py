@@ -165,6 +165,13 @@ def test_sources_that_are_none(tmp_path, source, message):
         index([tmp_path / source])
 
 
+def test_a_tar_is_called_as_it_was_named(tmp_path):
+    """And not as the file that a link of this name stands for."""
+    write_tar(tmp_path / "blob", {"1.jpg": encoded()})
+    (tmp_path / "photos.tar").symlink_to(tmp_path / "blob")
+    assert index([tmp_path / "photos.tar"]).name(0) == "photos.tar/1.jpg"
+
+
 def test_an_unreadable_tar(tmp_path):
     write(tmp_path / "a.tar", b"x" * 2000)
     with pytest.raises(FastconError, match="not a readable tar"):

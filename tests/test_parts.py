@@ -74,6 +74,7 @@ def test_parts_share_the_images_by_their_ids(whole, proxy):
     ids = [store.image_columns()[0] for store in stores]
     assert sorted(np.concatenate(ids).tolist()) == sorted(proxy.ids.tolist())
     assert all((part % np.uint64(3) == k).all() for k, part in enumerate(ids))
+    assert [store.record.images.json()["share"] for store in stores] == [[k, 3] for k in range(3)]
     assert [store.record.images.share for store in stores] == [(k, 3, "image") for k in range(3)]
     assert [store.teachers["general"].weights_bytes is None for store in stores] == [False, True, True]  # kept once
 

@@ -168,6 +168,22 @@ def test_a_signal_saves_and_the_same_command_resumes(store_path, trained, tmp_pa
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
 
+def test_cut_off_after_its_last_step(store_path, trained, tmp_path, monkeypatch):
+    """All steps saved, and the run not ended: the same command ends it and gives the last row."""
+    out, ends = str(tmp_path / "run"), training.Run.end
+
+    def cut(*_):
+        raise OSError("cut off")
+
+    monkeypatch.setattr(training.Run, "end", cut)
+    with pytest.raises(OSError, match="cut off"):
+        train(str(store_path), out, QUICK, MACHINE, UPKEEP)
+    monkeypatch.setattr(training.Run, "end", ends)
+    row = train(str(store_path), out, QUICK, MACHINE, UPKEEP)
+    assert row == json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (tmp_path / "run/student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
+
+
 def test_a_finished_run_is_left_alone_and_another_is_refused(store_path, trained):
     said: list[str] = []
     before = (trained / "student.safetensors").stat().st_mtime_ns

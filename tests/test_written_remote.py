@@ -123,6 +123,7 @@ def test_a_second_writer_is_refused(bucket, proxy, teachers, proxy_folder):
     with mirror.mirrored(url):
         for write in (
             lambda: precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH),
+            lambda: precompute(url + "/", proxy, teachers, RECIPE, 2, MACHINE, BATCH),
             lambda: forget(url, "letters"),
         ):
             started = time.monotonic()
@@ -166,6 +167,13 @@ def test_leases(bucket, monkeypatch):
     assert list(objects(url)) == ["2"]
     with pytest.raises(FastconError, match="by another process by now"):
         dead.check()
+    there = fsspec.filesystem("s3")
+    there.pipe("bucket/leases/a/1", dead._says())  # a sign of life that was long on its way
+    there.rm("bucket/leases/a/2")
+    with pytest.raises(FastconError, match="by another process by now"):
+        dead.check()
+    there.rm("bucket/leases/a/1")
+    there.pipe("bucket/leases/a/2", second._says())
     second._end.set()
     rivals, won = [Lease(url, "a") for _ in range(8)], []
 
@@ -197,6 +205,70 @@ def test_a_holder_that_was_thought_dead_writes_nothing_more(bucket, proxy, teach
     with pytest.raises(FastconError, match="paused is written by another process by now"):
         outlived()
     assert {name: data for name, data in objects(url).items() if mirror.LEASE not in name} == before
+
+
+def test_a_lease_lost_during_a_round(store_path):
+    """Nothing that speaks of what is there goes up any more."""
+
+    class Ours:
+        times = 0
+
+        def check(self):
+            self.times += 1
+            if self.times > 1:
+                raise leases.Lost("lost")
+
+    url = "memory://rounds/lost"
+    with pytest.raises(leases.Lost):
+        mirror._Mirror(url, str(store_path), Ours())._push()
+    names = list(objects(url))
+    assert any("/logits/c/" in name for name in names)
+    assert not [name for name in names if mirror._comes_last(name)]
+
+
+def test_two_that_try_at_once_and_what_cannot_be_read(bucket, monkeypatch):
+    lease = Lease("s3://bucket/leases/b", "b")
+
+    def conflict(*_, **__):
+        raise OSError(5, "ConditionalRequestConflict: retry the upload")
+
+    monkeypatch.setattr(lease._filesystem, "pipe_file", conflict)
+    with pytest.raises(Busy):
+        lease.take()
+
+    def denied(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(lease._filesystem, "cat_file", denied)
+    with pytest.raises(FastconError, match=r"^b cannot be read \(Access Denied\)$"):
+        lease.take()
+
+
+def test_a_beginning_that_was_cut_off(bucket, proxy, teachers, store_path):
+    """And the marker of a folder that was made by hand."""
+    there = s3fs.S3FileSystem()
+    there.pipe("bucket/begun/precompute.log", b"x")
+    there.pipe("bucket/begun/images/ids/c/0", b"x")
+    there.call_s3("put_object", Bucket="bucket", Key="begun/", Body=b"")
+    precompute("s3://bucket/begun", proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    assert {name: data for name, data in objects("s3://bucket/begun").items() if name} == tree(store_path)
+
+
+def test_lost_metadata_cost_no_logits(bucket, store_path, proxy, teachers):
+    url, there = bucket.put(store_path, "bare"), s3fs.S3FileSystem()
+    before = objects(url)
+    there.rm("bucket/bare/teachers/general/logits/zarr.json")
+    with pytest.raises(FastconError, match="verify --repair"):
+        precompute(url, proxy, teachers, RECIPE, 3, MACHINE, BATCH)
+    there.rm("bucket/bare/zarr.json")
+    with pytest.raises(
+        FastconError, match=r"bare: its record \(zarr.json\) is lost; `fastcon verify --repair` restores it"
+    ):
+        precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
+    assert all(check.passed for check in verify(url, proxy, 0, MACHINE, repair=True))
+    ours, theirs = ({name for name in found if "/logits/c/" in name} for found in (objects(url), before))
+    assert ours >= theirs
+    assert all(objects(url)[name] == before[name] for name in theirs)
 
 
 def test_a_machine_that_is_lost(bucket, proxy_folder, proxy, teachers, generalist_file, teacher_file, tmp_path):
@@ -356,7 +428,7 @@ def test_repair_there(bucket, proxy_folder, teachers):
     before = objects(url)
     there.pipe("bucket/mended/part-00001/teachers/general/logits/c/1/0/0", b"rubbish")
     there.rm("bucket/mended/part-00000/shards/view-000/chunk-00000.tar")
-    there.pipe("bucket/mended/part-00000/zarr.json", b"{}")
+    there.rm("bucket/mended/part-00000/zarr.json")
     assert not all(check.passed for check in verify(url, None, 0, MACHINE))
     assert all(check.passed for check in verify(url, None, 8, MACHINE, repair=True))
     assert objects(url) == before
@@ -446,6 +518,13 @@ def test_a_bound_that_the_tars_exceed(bucket, shards, monkeypatch, tmp_path):
     assert "will be fetched again and again: set $FASTCON_CACHE_GB higher, or make more `parts`" in told[0]
     kept_there = sum(path.stat().st_size for path in cache_folder("stores").rglob("*.tar"))
     assert 0 < kept_there <= remote.kept()
+    reader = images.manifest().reader()
+    reader.read(range(150))
+    places = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    assert not [
+        place for place in places if os.path.lexists(place) and ".tar" in os.readlink(place)
+    ]  # held, and in the way
+    reader.close()
 
 
 def test_images_that_are_not_there(bucket, shards):

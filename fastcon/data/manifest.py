@@ -150,6 +150,7 @@ class ImageReader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._files: dict[int, int] = {}
+        self._versions: dict[int, str] = {}
         self._opening = threading.Lock()
         self._threads = cores()
         self._pool = ThreadPoolExecutor(self._threads)
@@ -186,14 +187,23 @@ class ImageReader:
         if offset < 0:
             with open(os.path.join(manifest.places[container], manifest.name(index)), "rb") as file:
                 return file.read()
+        if remote.is_url(manifest.places[container]):
+            return self._fetched(container, int(manifest.sizes[index]), offset)
         with self._opening:
             if container not in self._files:
-                place = manifest.places[container]
-                if remote.is_url(place):
-                    self._files[container] = remote.opened(place)
-                else:
-                    self._files[container] = os.open(place, os.O_RDONLY)
+                self._files[container] = os.open(manifest.places[container], os.O_RDONLY)
         return os.pread(self._files[container], int(manifest.sizes[index]), offset)
+
+    def _fetched(self, container: int, size: int, offset: int) -> bytes:
+        """Of a tar in object storage: not kept open, so that copies can go which no longer fit."""
+        place = self.manifest.places[container]
+        if container not in self._versions:
+            self._versions[container] = remote.version(place)
+        descriptor = remote.opened(place, self._versions[container])
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Close the tar files and end the threads."""
@@ -273,9 +283,8 @@ class ImageSet:
         return self._looked_at(listed)
 
     def _looked_at(self, listed: Manifest) -> Manifest:
-        fetched = sum(
-            int(listed.sizes[listed.containers == k].sum()) for k, p in enumerate(listed.places) if remote.is_url(p)
-        )
+        of_places = np.bincount(listed.containers, listed.sizes, len(listed.places))
+        fetched = sum(size for size, place in zip(of_places, listed.places, strict=True) if remote.is_url(place))
         if fetched > remote.kept():
             self._say(
                 f"warning: these images have {fetched / 1e9:.1f} GB, and {remote.kept() / 1e9:g} GB of what lies in object storage are "

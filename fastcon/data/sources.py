@@ -219,7 +219,7 @@ class _Reader:
 
     def _tar(self, path: Path) -> None:
         try:
-            self._members(str(path.resolve()), os.open(path, os.O_RDONLY))
+            self._members(str(path.resolve()), path.name, os.open(path, os.O_RDONLY))
         except OSError as error:
             raise FastconError(f"{path} is not a readable tar file ({error}): fetch or make it again") from error
 
@@ -227,19 +227,24 @@ class _Reader:
         """List tars in object storage, with the next ones on their way."""
         coming: deque[tuple[str, Future[int]]] = deque()
         with ThreadPoolExecutor(FETCHED) as pool:
-            for url in [*urls, *[""] * FETCHED]:
-                if url:
-                    coming.append((url, pool.submit(remote.opened, url)))
-                if coming and (len(coming) > FETCHED or not url):
-                    first, descriptor = coming.popleft()
-                    self._members(first, descriptor.result())
+            try:
+                for url in [*urls, *[""] * FETCHED]:
+                    if url:
+                        coming.append((url, pool.submit(lambda url: remote.opened(url, remote.version(url)), url)))
+                    if coming and (len(coming) > FETCHED or not url):
+                        first, descriptor = coming.popleft()
+                        self._members(first, first.rsplit("/", 1)[-1], descriptor.result())
+            finally:
+                for _, descriptor in coming:
+                    if not descriptor.exception():
+                        os.close(descriptor.result())
 
-    def _members(self, place: str, descriptor: int) -> None:
+    def _members(self, place: str, shard: str, descriptor: int) -> None:
         self.listing.containers.append(place)
         try:
             with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    self._member(place.rsplit("/", 1)[-1], member)
+                    self._member(shard, member)
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         except (tarfile.TarError, OSError) as error:
             raise FastconError(f"{place} is not a readable tar file ({error}): fetch or make it again") from error

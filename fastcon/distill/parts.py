@@ -124,29 +124,30 @@ class _Ending:
 
     def __init__(self, at_once: bool, say: Say) -> None:
         self.going: set[int] = set()
-        """Those that were computed here."""
+        """Those that are not ended yet."""
         self._at_once, self._say, self._pool = at_once, say, ThreadPoolExecutor(1)
-        self._last: Future[str] | None = None
+        self._last: tuple[int, Future[str]] | None = None
 
     def __enter__(self) -> _Ending:
         return self
 
     def add(self, number: int, end: Callable[[], str]) -> None:
         """End a part, once the one before has ended. Raises what ending that raised; this one is ended all the same."""
-        self.going.add(number)
         if self._at_once:
             self._say(end())
             return
         try:
             self.wait()
         finally:
-            self._last = self._pool.submit(end)
+            self.going.add(number)
+            self._last = number, self._pool.submit(end)
 
     def wait(self) -> None:
         """Wait for the last one. Raises what ending it raised."""
         if self._last is not None:
-            last, self._last = self._last, None
+            (number, last), self._last = self._last, None
             self._say(last.result())
+            self.going.discard(number)
 
     def __exit__(self, *raised: object) -> None:
         self._pool.shutdown()
@@ -281,17 +282,17 @@ def _part(
     """Make a part; the rows computed, and what enters it into the record and says so. Raises Busy where another process is making it."""
     binding, where = parts.read(path), parts.folder(path, number)
     ways = {name: record.compile or frozen.PLAIN for name, record in binding.teachers.items()}
-    manifest = images.manifest(binding.share(number)[1])
     with contextlib.ExitStack() as held:
         folder = held.enter_context(mirrored(where, patient=False)) if is_url(where) else where
+        manifest = images.manifest(binding.share(number)[1])
         rows = _fill(folder, manifest, teachers, options, views, machine, progress, ways, say)
-        bound, still_held = Bound.of(Store(folder)), held.pop_all()
+        still_held = held.pop_all()
 
     def end() -> str:
         still_held.close()
         with parts.changing(path) as write:
             binding = parts.read(path)
-            write(dataclasses.replace(binding, bound=binding.bound | {number: bound}))
+            write(dataclasses.replace(binding, bound=binding.bound | {number: Bound.of(Store(where))}))
         return f"part {number} of {binding.count} is made ({len(manifest):,} images)"
 
     return rows, end

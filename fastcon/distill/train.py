@@ -80,7 +80,7 @@ def train(
     names, weights = job.names, job.weights
     if loader is None:
         say(f"{out} is finished: nothing to do")
-        return ranks.same(lambda: json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1]))
+        return ranks.same(lambda: _last_row(run))
     begun = None
     if ranks.same(lambda: newest(run.checkpoints) is None) and students.starts_as_generalist(job.start, store):
         begun = ranks.same(lambda: students.agreement(job.start, loader, options, machine))
@@ -158,7 +158,12 @@ def train(
             run.end(RESULT, students.export(student, names, untrained))
             long = time.monotonic() - began > upkeep.advise_seconds and loop.step > start_step
             waits.write(run, advice.measure(student, batch.pixels, machine.precision, cores) if long else None)
-    return rows.last
+    return rows.last or ranks.same(lambda: _last_row(run))  # cut off after its last step, it had none left
+
+
+def _last_row(run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    return row
 
 
 class _Job(NamedTuple):

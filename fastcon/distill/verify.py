@@ -28,7 +28,7 @@ from fastcon.remote import is_url
 from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
 from fastcon.store.images import image_sets, manifest_of
-from fastcon.store.mirror import mirrored
+from fastcon.store.mirror import ALL, mirrored
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
 from fastcon.store.replay import Replay
@@ -73,8 +73,9 @@ def verify(
         sets = image_sets(parts.read(path), given, index)
         return _verify_parts(path, sets, rows, machine, repair, seed)
     if repair and is_url(path):
-        with mirrored(path, whole=True) as folder:
-            return verify(folder, images, rows, machine, repair, seed, index)
+        with mirrored(path, ALL) as folder:
+            checks = verify(folder, images, rows, machine, repair, seed, index)
+        return [dataclasses.replace(check, seen=check.seen.replace(folder, path)) for check in checks]
     machine = (machine or Machine()).settled()
     restored = repair and restore_record(path)
     store = Store(path)

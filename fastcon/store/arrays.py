@@ -19,8 +19,6 @@ def open_group(path: str, mode: str, called: str | None = None) -> Any:
     """The root group: "r" and "r+" need one, "a" makes it where there is none. called: what errors call it."""
     try:
         return zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
-    except ImportError as error:
-        raise FastconError(f"{path} lies in object storage: pip install 'fastcon[s3]' to read it ({error})") from error
     except Exception as error:
         raise FastconError(
             f"{called or path} is no fastcon store ({one_line(error)}): give the folder that `fastcon precompute --store` wrote"

@@ -105,7 +105,10 @@ class ImagesRecord:
     def json(self) -> dict[str, Any]:
         """As written into the store."""
         values = dataclasses.asdict(self)
-        return values if self.share else {key: value for key, value in values.items() if key != "share"}
+        del values["share"]
+        if self.share is not None:
+            values["share"] = list(self.share[: 2 if self.share.by == "image" else 3])
+        return values
 
     @classmethod
     def parse(cls, record: dict[str, Any]) -> ImagesRecord:

@@ -15,17 +15,22 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 
 from fastcon.errors import Busy, FastconError, one_line
 from fastcon.remote import filesystem_of
 
 BEAT, EXPIRY = 10.0, 60.0
 """Seconds between two signs of life, and without one until a holder counts as dead."""
-LOOK = 0.5
-"""Seconds between two looks of one that waits."""
+LOOK, RARELY = 0.5, 5.0
+"""Seconds between the first two looks of one that waits, and, more and more, between the last."""
 
 _seen: dict[str, tuple[bytes, float]] = {}
 """What a lease's file last said, and since when, for those that come back later."""
+
+
+class Lost(FastconError):
+    """Another process has taken a lease."""
 
 
 class Lease:
@@ -35,7 +40,7 @@ class Lease:
         """url: the place; what: that is written under it, for messages."""
         self._what, self._who = what, f"process {os.getpid()} on {socket.gethostname()}"
         self._filesystem, self._key = filesystem_of(url)
-        self._number = 0
+        self._number, self._lost = 0, False
         self._token, self._beats = uuid.uuid4().hex, 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
@@ -53,7 +58,7 @@ class Lease:
     def take_over(self) -> Lease:
         """Take it, if need be when the holder is seen not to live. Raises Busy as soon as it is seen to."""
         first = None
-        while True:
+        for pause in _pauses():
             try:
                 return self.take()
             except Busy:
@@ -61,20 +66,22 @@ class Lease:
                 if first not in (None, said) and said is not None:
                     raise
                 first = said
-                time.sleep(LOOK)
+                time.sleep(pause)
+        raise AssertionError
 
     def wait(self) -> Lease:
         """Take it once nobody else has it."""
-        while True:
-            try:
+        for pause in _pauses():
+            with contextlib.suppress(Busy):
                 return self.take()
-            except Busy:
-                time.sleep(LOOK)
+            time.sleep(pause)
+        raise AssertionError
 
     def check(self) -> None:
-        """Raise FastconError where another has taken it."""
-        if max(self._numbers(), default=0) != self._number or not self._mine():
-            raise FastconError(
+        """Raise Lost where another has taken it, from then on for good; FastconError where that cannot be seen."""
+        self._lost = self._lost or max(self._numbers(), default=0) != self._number or not self._mine()
+        if self._lost:
+            raise Lost(
                 f"{self._what} is written by another process by now, as this one gave no sign of life for {EXPIRY:g} s: "
                 "run the same command again"
             )
@@ -95,11 +102,12 @@ class Lease:
         number = max(numbers, default=0) + 1
         try:
             self._filesystem.pipe_file(self._file(number), self._says(), mode="create")
-        except FileExistsError:
-            if self._read(number) != self._says():  # else it was made, and the answer lost
-                return False
         except Exception as error:
-            raise FastconError(f"{self._what} cannot be written ({one_line(error)})") from error
+            there = self._read(number)
+            if there is None and "Conflict" not in str(error):  # as S3 says where two try at once
+                raise FastconError(f"{self._what} cannot be written ({one_line(error)})") from error
+            if there != self._says():  # else it was made, and the answer lost
+                return False
         later = self._numbers()
         first = max(later, default=0) == number  # else it was taken from one that died, at the same time
         for other in (n for n in later if n < number or (n == number and not first)):
@@ -119,7 +127,7 @@ class Lease:
 
     def _live(self) -> None:
         """Say that this process lives. What fails is tried again, or seen by `check`."""
-        while not self._end.wait(BEAT):
+        while not self._lost and not self._end.wait(BEAT):
             with contextlib.suppress(Exception):
                 self.check()
                 self._beats += 1
@@ -140,6 +148,8 @@ class Lease:
             return bytes(self._filesystem.cat_file(self._file(number)))
         except FileNotFoundError:
             return None
+        except Exception as error:
+            raise FastconError(f"{self._what} cannot be read ({one_line(error)})") from error
 
     def _numbers(self) -> list[int]:
         self._filesystem.invalidate_cache()
@@ -153,3 +163,10 @@ class Lease:
 
     def _file(self, number: int) -> str:
         return f"{self._key}/{number}"
+
+
+def _pauses() -> Iterator[float]:
+    pause = LOOK
+    while True:
+        yield pause
+        pause = min(1.5 * pause, RARELY)

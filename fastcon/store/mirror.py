@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -19,31 +21,33 @@ from pathlib import Path
 
 from fastcon.errors import FastconError, one_line
 from fastcon.files import cache_folder
-from fastcon.remote import AT_ONCE, filesystem_of
+from fastcon.remote import AT_ONCE, fetch, filesystem_of
 from fastcon.store.format import COPY
-from fastcon.store.lease import Lease
+from fastcon.store.lease import Lease, Lost
 
 EVERY = 10.0
 """Seconds between two rounds of uploads."""
 TRIES, PAUSE = 3, 5.0
 """How often the last round is tried, and seconds between."""
 LEASE, HELD = "write.lease", "held.lock"
+FACTS, PIXELS, ALL = range(3)
+"""What is brought here of a store: neither logits nor baked views; baked views as well, from which teachers are run; all."""
 _PARTS = {"images", "order", "boxes", "flips", "samples", "baked", "shards", "teachers", COPY, LEASE, "zarr.json"}
 
 
 @contextlib.contextmanager
-def mirrored(url: str, whole: bool = False, patient: bool = True) -> Iterator[str]:
+def mirrored(url: str, having: int = PIXELS, patient: bool = True) -> Iterator[str]:
     """The folder in which the store at `url` is to be written, by one process at a time.
 
-    whole: with the logits that are there, which only a repair reads. patient: wait to see whether a process that holds it
-    lives. Raises Busy where another process writes the store, FastconError where that cannot be done.
+    having: what of the store is brought here. patient: wait to see whether a process that holds it lives. Raises Busy where another process writes the store, FastconError where that cannot be done.
     """
+    url = url.rstrip("/")
     lease = Lease(f"{url}/{LEASE}", url)
     lease.take_over() if patient else lease.take()
     try:
         with _scratch() as folder:
             mirror = _Mirror(url, folder, lease)
-            mirror.pull(whole)
+            mirror.pull(having)
             with mirror.pushing(), _called(url, folder):
                 yield folder
     finally:
@@ -95,14 +99,16 @@ class _Mirror:
         self._filesystem, self._key = filesystem_of(url)
         self._there: dict[str, tuple[int, int] | bytes | None] = {}
         """What is there: time and size of the file here that it is a copy of, or the bytes; None: it is not here."""
+        self._teachers: set[str] | None = None
+        """Those of the record as it was last read here."""
         self._end = threading.Event()
 
     # there → here
 
-    def pull(self, whole: bool) -> None:
+    def pull(self, having: int) -> None:
         """Fetch what there is of the store. Raises FastconError for a place that holds something else."""
         names = self._names()
-        if "zarr.json" not in names:  # nothing, or a beginning that was cut off: it is made anew
+        if "zarr.json" not in names and COPY not in names:  # nothing, or a beginning that was cut off: it is made anew
             foreign = sorted(name for name in names if name.split("/")[0] not in _PARTS)
             if foreign:
                 raise FastconError(
@@ -110,11 +116,16 @@ class _Mirror:
                 )
             self._there = dict.fromkeys(names)
             return
-        wanted = [name for name in names if whole or not _is_logits(name)]
+        if "zarr.json" not in names and having != ALL:
+            raise FastconError(f"{self._url}: its record (zarr.json) is lost; `fastcon verify --repair` restores it")
+        wanted = [name for name in names if _having(name) <= having]
         self._there = dict.fromkeys(set(names) - set(wanted))
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for name, _ in zip(wanted, pool.map(self._fetch, wanted), strict=True):
-                self._there[name] = Path(self._folder, name).read_bytes() if _comes_last(name) else self._state(name)
+                if Path(self._folder, name).exists():
+                    self._there[name] = (
+                        Path(self._folder, name).read_bytes() if _comes_last(name) else self._state(name)
+                    )
 
     def _names(self) -> list[str]:
         try:
@@ -123,17 +134,11 @@ class _Mirror:
         except Exception as error:
             raise FastconError(f"{self._url} cannot be read ({one_line(error)})") from error
         names = [str(path)[len(self._key) :].lstrip("/") for path in found]
-        return [name for name in names if name.split("/")[0] != LEASE]
+        return [name for name in names if name and name.split("/")[0] != LEASE and not name.endswith(".log")]
 
     def _fetch(self, name: str) -> None:
-        path = os.path.join(self._folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            self._filesystem.get_file(f"{self._key}/{name}", path)
-        except Exception as error:
-            raise FastconError(
-                f"{self._url}/{name} could not be fetched ({one_line(error)}): run the same command again"
-            ) from error
+        with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+            fetch(self._filesystem, f"{self._key}/{name}", f"{self._url}/{name}", os.path.join(self._folder, name))
 
     # here → there
 
@@ -161,7 +166,7 @@ class _Mirror:
             try:
                 self._push()
                 return
-            except FastconError:
+            except Lost:
                 raise
             except Exception as error:
                 if not left:
@@ -175,12 +180,15 @@ class _Mirror:
         self._lease.check()
         names = self._local()
         last = {name: Path(self._folder, name).read_bytes() for name in sorted(names, key=_rank) if _comes_last(name)}
+        record = json.loads(last.get("zarr.json", b"{}")).get("attributes", {}).get("fastcon")
+        self._teachers = set(record["teachers"]) if record else None
         states = {name: self._state(name) for name in self._local() if not _comes_last(name)}
         changed = [name for name, state in states.items() if self._there.get(name) != state]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for name, _ in zip(changed, pool.map(self._put, changed), strict=True):
                 self._there[name] = states[name]
-            for rank in (METADATA, CHECKSUMS, RECORD):
+            self._lease.check()
+            for rank in (METADATA, CHECKSUMS, RECORD, COPIED):
                 some = [name for name in last if _rank(name) == rank and self._there.get(name) != last[name]]
                 for name, _ in zip(some, pool.map(lambda name: self._put(name, last[name]), some), strict=True):
                     self._there[name] = last[name]
@@ -200,12 +208,11 @@ class _Mirror:
             self._filesystem.rm_file(f"{self._key}/{name}")
 
     def _gone(self, name: str) -> bool:
-        """Whether a file that is there has been removed here; logits that were never here go with their array."""
-        path = Path(self._folder, name)
-        if self._there[name] is None:
-            array = Path(self._folder, name.partition("/c/")[0])
-            return Path(self._folder, "zarr.json").exists() and not array.exists()
-        return not path.exists()
+        """Whether a file that is there has been removed here; one that was never here goes with its teacher."""
+        if self._there[name] is not None:
+            return not Path(self._folder, name).exists()
+        teacher = re.match("teachers/([^/]+)/", name)
+        return teacher is not None and self._teachers is not None and teacher[1] not in self._teachers
 
     def _local(self) -> list[str]:
         names = (str(path.relative_to(self._folder)) for path in Path(self._folder).rglob("*") if path.is_file())
@@ -216,21 +223,24 @@ class _Mirror:
         return about.st_mtime_ns, about.st_size
 
 
-def _is_logits(name: str) -> bool:
+def _having(name: str) -> int:
+    """Who brings a file here."""
     array, _, chunk = name.partition("/c/")
-    return bool(chunk) and array.startswith("teachers/") and array.rsplit("/", 1)[-1] in ("logits", "scales", "classes")
+    if chunk and array.startswith("teachers/") and array.rsplit("/", 1)[-1] in ("logits", "scales", "classes"):
+        return ALL
+    return PIXELS if name.startswith("shards/") else FACTS
 
 
-RECORD, CHECKSUMS, METADATA, REST = range(4)
+COPIED, RECORD, CHECKSUMS, METADATA, REST = range(5)
 
 
 def _rank(name: str) -> int:
     """In which order files are read here, and, backwards, go there."""
-    if name == "zarr.json":
-        return RECORD
-    if name == COPY or name.endswith("zarr.json"):
+    if name in ("zarr.json", COPY):
+        return RECORD if name == "zarr.json" else COPIED
+    if name.endswith("zarr.json"):
         return METADATA
-    return CHECKSUMS if "checksums" in name.split("/") else REST
+    return CHECKSUMS if name.partition("/c/")[0].endswith("/checksums") else REST
 
 
 def _comes_last(name: str) -> bool:

@@ -237,6 +237,7 @@ def forget(path: str | os.PathLike[str], name: str) -> None:
 def changing(path: str) -> Iterator[Any]:
     """Hold the record's lock; yields `write(binding)`. Whoever comes second waits."""
     if is_url(path):
+        path = path.rstrip("/")
         lease = Lease(f"{path}/{LEASE}", path).wait()
         try:
             yield lambda binding: _put(path, binding, lease)

@@ -40,7 +40,7 @@ from fastcon.store.format import (
     layout,
     record_digest,
 )
-from fastcon.store.mirror import mirrored
+from fastcon.store.mirror import FACTS, PIXELS, mirrored
 from fastcon.store.reader import Store, record_file, sample_rows
 
 
@@ -233,7 +233,7 @@ def forget(path: str | os.PathLike[str], name: str) -> None:
     """Remove a teacher from a store; a kill at any moment leaves it either there or gone. Raises FastconError."""
     path = os.fspath(path)
     Store(path)  # an error where there is none, and no lock file
-    with _held(path) as folder:
+    with _held(path, FACTS) as folder:
         _remove_leftovers(folder)
         _reopened(folder).forget(name)
 
@@ -371,10 +371,10 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _held(path: str) -> Iterator[str]:
+def _held(path: str, having: int = PIXELS) -> Iterator[str]:
     """The folder in which a store is written, with STORE/write.lock held; the system frees it however the process ends."""
     if is_url(path):
-        with mirrored(path) as folder, _held(folder):
+        with mirrored(path, having) as folder, _held(folder):
             yield folder
         return
     os.makedirs(path, exist_ok=True)
