@@ -25,6 +25,8 @@ class Bucket:
         """Seconds before each answer, and the share of requests that fail."""
         self.asked: list[str] = []
         """Keys of GET requests that were answered."""
+        self.brought: list[str] = []
+        """Likewise of PUT requests."""
         self._random, self._counting = random.Random(0), threading.Lock()
         self.failed = 0
 
@@ -33,8 +35,9 @@ class Bucket:
         with self._counting:
             fails = self._random.random() < self.failing
             self.failed += fails
-            if not fails and environment["REQUEST_METHOD"] == "GET":
-                self.asked.append(re.sub(r"^/bucket/", "", environment["PATH_INFO"]))
+            if not fails and environment["REQUEST_METHOD"] in ("GET", "PUT"):
+                kept = self.asked if environment["REQUEST_METHOD"] == "GET" else self.brought
+                kept.append(re.sub(r"^/bucket/", "", environment["PATH_INFO"]))
         if fails:
             start("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"]

@@ -188,7 +188,7 @@ class _Mirror:
             for name, _ in zip(changed, pool.map(self._put, changed), strict=True):
                 self._there[name] = states[name]
             self._lease.check()
-            for rank in (METADATA, CHECKSUMS, RECORD, COPIED):
+            for rank in (NOTES, RECORD, COPIED):
                 some = [name for name in last if _rank(name) == rank and self._there.get(name) != last[name]]
                 for name, _ in zip(some, pool.map(lambda name: self._put(name, last[name]), some), strict=True):
                     self._there[name] = last[name]
@@ -231,16 +231,14 @@ def _having(name: str) -> int:
     return PIXELS if name.startswith("shards/") else FACTS
 
 
-COPIED, RECORD, CHECKSUMS, METADATA, REST = range(5)
+COPIED, RECORD, NOTES, REST = range(4)
 
 
 def _rank(name: str) -> int:
-    """In which order files are read here, and, backwards, go there."""
+    """In which order files are read here, and, backwards, go there: notes are checksums and the metadata of arrays."""
     if name in ("zarr.json", COPY):
         return RECORD if name == "zarr.json" else COPIED
-    if name.endswith("zarr.json"):
-        return METADATA
-    return CHECKSUMS if name.partition("/c/")[0].endswith("/checksums") else REST
+    return NOTES if name.endswith("/zarr.json") or name.partition("/c/")[0].endswith("/checksums") else REST
 
 
 def _comes_last(name: str) -> bool:
