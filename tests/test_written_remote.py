@@ -270,7 +270,8 @@ def test_lost_metadata_cost_no_logits(bucket, store_path, proxy, teachers):
     ):
         precompute(url, proxy, teachers, RECIPE, 2, MACHINE, BATCH)
     assert all(check.passed for check in verify(url, proxy, 0, MACHINE, repair=True))
-    assert objects(url) == before
+    after = objects(url)
+    assert all(after[name] == data for name, data in before.items() if "/c/" in name)
 
 
 def test_a_machine_that_is_lost(bucket, proxy_folder, proxy, teachers, generalist_file, teacher_file, tmp_path):
