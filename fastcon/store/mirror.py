@@ -39,7 +39,8 @@ _PARTS = {"images", "order", "boxes", "flips", "samples", "baked", "shards", "te
 def mirrored(url: str, having: int = PIXELS, patient: bool = True) -> Iterator[str]:
     """The folder in which the store at `url` is to be written, by one process at a time.
 
-    having: what of the store is brought here. patient: wait to see whether a process that holds it lives. Raises Busy where another process writes the store, FastconError where that cannot be done.
+    having: what of the store is brought here. patient: wait to see whether a process that holds it lives. Raises Busy where
+    another process writes the store, FastconError where that cannot be done.
     """
     url = url.rstrip("/")
     lease = Lease(f"{url}/{LEASE}", url)
@@ -156,9 +157,7 @@ class _Mirror:
 
     def _rounds(self) -> None:
         while not self._end.wait(EVERY):
-            with contextlib.suppress(
-                Exception
-            ):  # what fails now is brought in the next round, or the last one says why
+            with contextlib.suppress(Exception):  # the next round brings what failed, or the last one says why
                 self._push()
 
     def _last(self) -> None:
@@ -224,7 +223,7 @@ class _Mirror:
 
 
 def _having(name: str) -> int:
-    """Who brings a file here."""
+    """From what on a file is brought here."""
     array, _, chunk = name.partition("/c/")
     if chunk and array.startswith("teachers/") and array.rsplit("/", 1)[-1] in ("logits", "scales", "classes"):
         return ALL
