@@ -1,11 +1,11 @@
-"""Object storage against a folder, for training and for precompute: `python benchmarks/remote.py`, about 15 minutes.
+"""Object storage against a folder, for training and for precompute: `python benchmarks/remote.py`, about 30 minutes.
 
 A store in four parts of 6,000 rendered images, 2 baked views of 64 px, a generalist of 1,000 classes and a teacher of 500 (ResNet18, random
 weights, float16), trained on for two epochs from a folder and from an S3 server on loopback (moto, a process of its own) that takes
 50 ms to answer and fails 5 % of the requests. Three rounds in turn, each with an empty cache. Prints img/s from the first batch asked for
 to the last step, their ratio, and the requests.
 
-Then such a store is made, of two parts and 6 views, without baked ones: from the images in eight tars there and written there, or both in folders. Prints rows/s of
+Then such a store is made, of two parts and 30 views, without baked ones: from the images in eight tars there and written there, or both in folders. Prints rows/s of
 all of it, from indexing the images to the last part.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 LATENCY, FAILING, ROUNDS = 0.05, 0.05, 3
-VIEWS = 6
+VIEWS = 30
 
 
 def serve(pipe: Any, folder: str) -> None:
