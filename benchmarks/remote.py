@@ -57,7 +57,9 @@ def made(images: str, store: str, teachers: list[Any]) -> float:
 
     start = time.perf_counter()
     options = PrecomputeOptions(size=64, parts=2, compile="none")
-    return parts.make(store, ImageSet([images]), teachers, options, VIEWS, Machine("cpu")) / (time.perf_counter() - start)
+    return parts.make(store, ImageSet([images]), teachers, options, VIEWS, Machine("cpu")) / (
+        time.perf_counter() - start
+    )
 
 
 def rate(store: str, out: Path) -> float:

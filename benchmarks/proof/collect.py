@@ -53,7 +53,9 @@ def collect(out: Path, name: str, commit: str) -> dict[str, Any]:
     return {key: made[key] for key in ("command", "commit", "hardware", "versions")} | {
         "seconds_of_commands": round(sum(seconds)),
         "rows": rows,
-        "fine_tuned": _others(out, "finetune", ("shots", "epochs", "lr_grid", "train_images", "accuracies", "accuracy")),
+        "fine_tuned": _others(
+            out, "finetune", ("shots", "epochs", "lr_grid", "train_images", "accuracies", "accuracy")
+        ),
         "heads": _others(out, "evaluate", ("head", "accuracy", "test_images")),
     }
 
@@ -61,7 +63,9 @@ def collect(out: Path, name: str, commit: str) -> dict[str, Any]:
 def _others(out: Path, command: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """The results of a study's other evaluations, accuracies as fractions."""
     found = [json.loads(file.read_text()) for file in sorted(out.glob(f"jobs/{command}-*.json"))]
-    return [{"task": row["task"], "backbone": row["name"]} | {key: row[key] for key in keys if key in row} for row in found]
+    return [
+        {"task": row["task"], "backbone": row["name"]} | {key: row[key] for key in keys if key in row} for row in found
+    ]
 
 
 def tables(record: dict[str, Any]) -> str:
