@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastcon.data import rendered
 from fastcon.data.manifest import Manifest, index
@@ -41,6 +43,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """An S3 server on loopback: see bucket.py."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from bucket import serving
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _calm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's latency and failures end with it."""
+    yield
+    if "bucket" in request.fixturenames:
+        server = request.getfixturevalue("bucket")
+        server.latency = server.failing = 0.0
 
 
 @pytest.fixture(scope="session")

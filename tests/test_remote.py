@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -30,24 +29,8 @@ from fastcon.store.reader import Store
 
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
-from bucket import Bucket, serving  # noqa: E402
 
 QUICK = TrainOptions(epochs=2, batch_size=24)
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _calm(request):
-    yield
-    if "bucket" in request.fixturenames:
-        server: Bucket = request.getfixturevalue("bucket")
-        server.latency = server.failing = 0.0
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -40,30 +39,18 @@ from fastcon.store.reader import Store
 
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
-from bucket import Bucket, serving  # noqa: E402
 
 PARTS = PrecomputeOptions(seed=3, size=32, batch_size=BATCH, logits="uint8", bake=True, parts=2)
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with serving() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def _quick(request, monkeypatch):
+def _quick(monkeypatch):
     monkeypatch.setattr(leases, "BEAT", 0.2)
     monkeypatch.setattr(leases, "EXPIRY", 1.0)
     monkeypatch.setattr(leases, "LOOK", 0.05)
     monkeypatch.setattr(mirror, "EVERY", 0.1)
     monkeypatch.setattr(mirror, "PAUSE", 0.1)
     monkeypatch.setattr(in_parts, "POLL_THERE", 0.2)
-    yield
-    if "bucket" in request.fixturenames:
-        server: Bucket = request.getfixturevalue("bucket")
-        server.latency = server.failing = 0.0
 
 
 def objects(url: str) -> dict[str, bytes]:
