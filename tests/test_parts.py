@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -148,6 +149,24 @@ def test_a_part_whose_process_died_is_made_by_others(tmp_path, whole, images, te
     assert rows == 300
     assert [line for line in said if "waiting" in line] == ["waiting for part 1, which other processes are making"]
     assert tree(path) == tree(whole)
+
+
+def test_a_part_is_bound_with_what_it_has_by_then(tmp_path, images, teachers, monkeypatch):
+    """Another process forgets a teacher between a part's last row and its entry in the record."""
+    path, changing, calls = str(tmp_path / "store"), parts.changing, []
+
+    @contextlib.contextmanager
+    def after_another(path):
+        with changing(path) as write:
+            calls.append(path)
+            if len(calls) == 2:  # the first says which parts there are to be
+                parts.forget(parts.folder(path, 0), "letters")
+            yield write
+
+    monkeypatch.setattr(parts, "changing", after_another)
+    make(path, images, teachers, views=1, part=(0,))
+    assert len(calls) == 3, "the teacher was seen to be missing, and made again"
+    assert parts.read(path).bound[0].done == {teacher.name: 1 for teacher in teachers}
 
 
 def test_a_teacher_or_views_cost_only_what_is_new(copy, tmp_path, images, teachers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from fastcon.distill.precompute import Teacher, precompute
 from fastcon.distill.verify import verify
 from fastcon.errors import Busy, FastconError, Interrupted
 from fastcon.files import cache_folder
+from fastcon.store import bake as baking
 from fastcon.store import lease as leases
 from fastcon.store import mirror, parts
 from fastcon.store.images import images_of
@@ -131,8 +133,10 @@ def test_a_part_that_another_is_making_is_made_when_that_dies(bucket, proxy_fold
     told: list[str] = []
     dead = Lease(f"{url}/part-00000/{mirror.LEASE}", f"{url}/part-00000").take()
     dead._end.set()
-    images = ImageSet([str(proxy_folder)])
+    images, manifest, listed = ImageSet([str(proxy_folder)]), ImageSet.manifest, []
+    monkeypatch.setattr(ImageSet, "manifest", lambda self, share: (listed.append(share), manifest(self, share))[1])
     assert in_parts.make(url, images, teachers, PARTS, 1, MACHINE, say=told.append) == 150
+    assert [share.number for share in listed] == [0, 1, 0], "the first for the record; none while it waits"
     assert any("waiting for part 0, which other processes are making" in line for line in told)
     with pytest.raises(FastconError, match=r"died/part-00000 is written by another process by now"):
         dead.check()
@@ -195,6 +199,27 @@ def test_a_holder_that_was_thought_dead_writes_nothing_more(bucket, proxy, teach
     with pytest.raises(FastconError, match="paused is written by another process by now"):
         outlived()
     assert {name: data for name, data in objects(url).items() if mirror.LEASE not in name} == before
+
+
+@pytest.mark.parametrize("bake", [None, 90])
+def test_a_writer_stops_once_its_lease_is_lost(bucket, proxy, teachers, bake, monkeypatch):
+    url, done, encode = f"s3://bucket/lost-{bake}", [], baking.encode
+
+    def another_takes_it(*_):
+        if not done:
+            filesystem, key = fsspec.core.url_to_fs(url)
+            filesystem.pipe_file(f"{key}/{mirror.LEASE}/7", b"process 1 on another (x, 0)\n")
+        time.sleep(0.01 if bake else 0.1)
+        done.append(1)
+
+    if bake:
+        monkeypatch.setattr(baking, "encode", lambda *view: (another_takes_it(), encode(*view))[1])
+    with pytest.raises(leases.Lost, match=rf"^{url} is written by another process by now.*run the same command again$"):
+        precompute(
+            *(url, proxy, teachers, dataclasses.replace(RECIPE, bake=bake), 4, MACHINE, BATCH),
+            progress=None if bake else another_takes_it,
+        )
+    assert len(done) < (4 * len(proxy) if bake else 20), "it went on"
 
 
 def test_a_lease_lost_during_a_round(store_path):

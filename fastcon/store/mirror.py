@@ -29,7 +29,7 @@ EVERY = 10.0
 """Seconds between two rounds of uploads."""
 TRIES, PAUSE = 3, 5.0
 """How often the last round is tried, and seconds between."""
-LEASE, HELD = "write.lease", "held.lock"
+LEASE, HELD, LOST = "write.lease", "held.lock", "lost.lock"
 FACTS, PIXELS, ALL = range(3)
 """What is brought here of a store: neither logits nor baked views; baked views as well, from which teachers are run; all."""
 _PARTS = {"images", "order", "boxes", "flips", "samples", "baked", "shards", "teachers", COPY, LEASE, "zarr.json"}
@@ -53,6 +53,12 @@ def mirrored(url: str, having: int = PIXELS, patient: bool = True) -> Iterator[s
                 yield folder
     finally:
         lease.release()
+
+
+def check_held(folder: str) -> None:
+    """Raise Lost where a folder is brought to a place that another process writes by now."""
+    with contextlib.suppress(FileNotFoundError):
+        raise Lost(Path(folder, LOST).read_text())
 
 
 @contextlib.contextmanager
@@ -157,8 +163,13 @@ class _Mirror:
 
     def _rounds(self) -> None:
         while not self._end.wait(EVERY):
-            with contextlib.suppress(Exception):  # the next round brings what failed, or the last one says why
+            try:
                 self._push()
+            except Lost as lost:
+                Path(self._folder, LOST).write_text(str(lost))
+                return
+            except Exception:  # the next round brings what failed, or the last one says why
+                continue
 
     def _last(self) -> None:
         for left in reversed(range(TRIES)):

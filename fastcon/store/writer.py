@@ -40,7 +40,7 @@ from fastcon.store.format import (
     layout,
     record_digest,
 )
-from fastcon.store.mirror import FACTS, PIXELS, mirrored
+from fastcon.store.mirror import FACTS, PIXELS, check_held, mirrored
 from fastcon.store.reader import Store, record_file, sample_rows
 
 
@@ -92,7 +92,8 @@ class StoreWriter(Store):
         self._arrays = {path: array for path, array in self._arrays.items() if path in self.layout}
 
     def write(self, name: str, view: int, chunk: int, parts: Parts) -> None:
-        """Store one finished chunk, the parts of its rows, then mark it done."""
+        """Store one finished chunk, the parts of its rows, then mark it done. Raises Lost where another writes the store by now."""
+        check_held(self.path)
         start, stop = self.chunk_range(chunk)
         crc = 0
         for part, (dtype, width) in self.codec(name).parts(len(self.teachers[name].classes)).items():
@@ -105,7 +106,10 @@ class StoreWriter(Store):
         self._expected.pop((name, view), None)
 
     def write_shard(self, view: int, chunk: int, data: bytes) -> None:
-        """Store the tar of a chunk's baked views. Raises FastconError where another was recorded, which this one replaces."""
+        """Store the tar of a chunk's baked views. Raises FastconError where another was recorded, which this one replaces, or
+        another process writes the store by now.
+        """
+        check_held(self.path)
         checksums = self._array("baked/checksums")
         expected, crc = int(checksums[view, chunk]), checksum(np.frombuffer(data, dtype=np.uint8))
         if expected not in (-1, crc):
