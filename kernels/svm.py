@@ -13,6 +13,9 @@ then. Every solution comes with its duality gap.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,18 +23,19 @@ from torch import Tensor
 
 GAP = 1e-4
 """Relative duality gap that a solution must reach."""
-_GAP_AIM = 1e-5  # where the solver stops
+BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Entries of the systems solved at once: more fall out of a CPU's cache."""
+_GAP_AIM = 2e-6  # where the solver stops: predictions are those of 1e-9 then, and not quite at 1e-5
 _STEPS = 100
-_STEPS_FLOAT32 = 25
 _ROUGH_STEPS = 12
 _ROUNDING = 1e-5  # relative, of an objective in float32
-_RANK = 16  # of the dual's preconditioner
-_PRIMAL_RANK = 64
-_DUAL_INNER_STEPS = 32
-_INNER_STEPS = 400
-_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}  # entries of the systems solved at once: more fall out of a CPU's cache
-_BISECTIONS = 24
-_LENGTHS = tuple(0.5**k for k in range(12))
+_LARGE = 0.15  # a support of this share of the rows is solved by conjugate gradients
+_STAYING = 0.4  # share of the support that has to stay where a solution only grows
+_SETTLED, _SCALE_STEPS = 1.05, 3
+_RANK = 16  # of the preconditioner
+_INNER_STEPS = 32
+_TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}  # coefficients of a block: a CPU's cache holds no more
+_SEARCH_STEPS = 8
 
 
 class Gram(NamedTuple):
@@ -58,20 +62,14 @@ class Gram(NamedTuple):
 
     def __getitem__(self, rows: Tensor) -> Gram:
         """Of some of the rows [m]."""
-        return Gram(self.matrix[rows][:, rows], self.rough[rows][:, rows], self.factor[rows])
+        both = (part.index_select(0, rows).index_select(1, rows) for part in (self.matrix, self.rough))
+        return Gram(*both, self.factor[rows])
 
 
 class Solution(NamedTuple):
     """Coefficients [P, n] of P problems over n rows, and the relative duality gap [P] of each."""
 
     beta: Tensor
-    gap: Tensor
-
-
-class Primal(NamedTuple):
-    """Weights [K, d + 1] of K problems, the intercept last, and the relative duality gap [K] of each."""
-
-    weights: Tensor
     gap: Tensor
 
 
@@ -83,18 +81,153 @@ def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -
     """Solve P one-vs-rest problems over the rows of one Gram matrix: all classes, and all folds, together.
 
     gram: of X X^T + 1 for an intercept. signs: float64 [P, n] of -1 and +1, and 0 where a row is not in the problem, as
-    one that a fold holds out; its coefficient is 0, in `start`, too. cost: C. start: beta [P, n] of a nearby C.
-    Raises NotConverged rather than returning a solution whose gap is above 1e-4.
+    one that a fold holds out; its coefficient is 0, in `start`, too. cost: C. start: beta [P, n] of a problem nearby: of
+    another C, or of other rows as well. Raises NotConverged rather than returning a solution whose gap is above 1e-4.
     """
-    n, ridge = len(signs[0]), 1 / (2 * cost)
-    beta = _from_all_rows(gram, signs, ridge) if start is None else start
-    if ridge > 2e-5 * float(gram.matrix.diagonal().mean()):  # else float32's error outweighs the ridge
-        rough = _newton(gram, signs.float(), cost, beta.float(), _ROUGH_STEPS).beta.double()
+    return solve_path(gram, signs, [cost], start)[0]
+
+
+def solve_path(gram: Gram, signs: Tensor, costs: Sequence[float], start: Tensor | None = None) -> list[Solution]:
+    """The same for several C, each from those before; they are quickest in rising order. start: of the first C."""
+    blocks = _blocks(gram, signs)
+    paths: list[list[_Point]] = [[] for _ in blocks]
+    ridges = [1 / (2 * cost) for cost in costs]
+    solutions = []
+    for k, cost in enumerate(costs):
+        begun = []
+        for block, path in zip(blocks, paths, strict=True):
+            if path:
+                began = _predicted(path, ridges[: k + 1], block.signs)
+            else:
+                began = _first(block, ridges[0], None if start is None else start[block.problems][:, block.rows])
+            begun.append(_approached(block, cost, began))
+        points = _finished(gram, blocks, begun, cost)
+        for path, point in zip(paths, points, strict=True):
+            path.append(point)
+        beta = torch.cat(
+            [block.over_all(point.beta, len(gram.matrix)) for block, point in zip(blocks, points, strict=True)]
+        )
+        solutions.append(Solution(beta, torch.cat([point.gap for point in points])))
+    return solutions
+
+
+class _Block(NamedTuple):
+    """Problems that are solved together, and the rows that any of them is about."""
+
+    problems: slice
+    rows: Tensor
+    """[m] of all rows."""
+    gram: Gram
+    """Of these rows."""
+    signs: Tensor
+    """[p, m]."""
+
+    def over_all(self, values: Tensor, n: int) -> Tensor:
+        """Values [p, m] of these rows among all, zero for the others [p, n]."""
+        if len(self.rows) == n:
+            return values
+        return values.new_zeros(len(values), n).index_copy_(1, self.rows, values)
+
+
+def _blocks(gram: Gram, signs: Tensor) -> list[_Block]:
+    """Problems over the same rows in one block, and those of several such sets while they are small."""
+    inside, n = signs != 0, signs.shape[1]
+    begins = [0, *((inside[1:] != inside[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(signs)]
+    largest = max(end - begin for begin, end in itertools.pairwise(begins))
+    together = max(1, _TOGETHER[signs.device.type] // (n * largest))
+    blocks = []
+    for first, end in itertools.pairwise([*begins[:-1:together], len(signs)]):
+        rows = inside[first:end].any(0).nonzero()[:, 0]
+        some = signs[first:end] if len(rows) == n else signs[first:end, rows]
+        blocks.append(_Block(slice(first, end), rows, gram if len(rows) == n else gram[rows], some))
+    return blocks
+
+
+class _Start(NamedTuple):
+    """Where Newton's method begins: coefficients and scores, and what it takes for the support first [P, n]."""
+
+    beta: Tensor
+    scores: Tensor
+    support: Tensor
+
+
+def _predicted(points: list[_Point], ridges: list[float], signs: Tensor) -> _Start:
+    """Where the solutions for the last of the ridges may be, from those for the ones before.
+
+    At first a solution grows with C, and the rows that it grows past leave the support. At last the support stays
+    as it is, and beta = (K_SS + ridge I)^-1 y_S is nearly linear in the ridge. In between nothing better is known than
+    the support that was.
+    """
+    last = points[-1]
+    beta, scores, support = last.beta, last.scores, last.beta != 0
+    scale = _best_scale(signs.float(), ridges[-1], beta.float(), scores.float()).double()
+    grown = _slack(signs, scale * scores) > 0
+    grows = grown.sum(1, keepdim=True) > _STAYING * support.sum(1, keepdim=True)
+    factor = torch.where(grows, scale, 1)
+    if len(points) > 1:
+        before = points[-2]
+        settled = ~grows & (scale < _SETTLED) & ((before.beta != 0) == support).all(1, keepdim=True)
+        further = settled * ((ridges[-1] - ridges[-2]) / (ridges[-2] - ridges[-3]))
+        beta = beta + further * (beta - before.beta)
+        scores = scores + further * (scores - before.scores)
+    beta, scores = factor * beta, factor * scores
+    return _Start(beta, scores, torch.where(grows, grown, (signs * beta > 0) | (_slack(signs, scores) > 0)))
+
+
+def _best_scale(signs: Tensor, ridge: float, beta: Tensor, scores: Tensor) -> Tensor:
+    """The multiple of each beta with the least objective [P, 1], nearly: by Newton's method in this one number."""
+    inside, margins, square = signs.abs(), signs * scores, (beta * scores).sum(1, keepdim=True)
+    scale = torch.ones_like(square)
+    for _ in range(_SCALE_STEPS):
+        slack = torch.addcmul(inside, margins, scale, value=-1).clamp_min_(0)
+        slope = ridge * scale * square - (margins * slack).sum(1, keepdim=True)
+        curve = ridge * square + (margins.square() * (slack > 0)).sum(1, keepdim=True)
+        scale = scale - slope / curve.clamp_min(1e-30)
+    return scale
+
+
+def _first(block: _Block, ridge: float, beta: Tensor | None) -> _Start:
+    if beta is None:
+        beta = _from_all_rows(block.gram, block.signs, ridge)
+    return _Start(beta, beta @ block.gram.matrix, block.signs * beta > 0)
+
+
+def _approached(block: _Block, cost: float, start: _Start) -> tuple[_Point, Tensor]:
+    """Where Newton's method in float32 comes, in float64, and what to take for the support there."""
+    gram, signs, support = block.gram, block.signs, start.support
+    beta, scores = start.beta, start.scores
+    if 1 / (2 * cost) > 2e-5 * float(gram.matrix.diagonal().mean()):  # else float32's error outweighs the ridge
+        single = _Start(beta.float(), scores.float(), support)
+        rough = _newton(gram, signs.float(), cost, single, _ROUGH_STEPS).beta.double()
         beta = torch.where(rough.isfinite().all(1, keepdim=True), rough, beta)
-    beta, gap = _newton(gram, signs, cost, beta, _STEPS)
-    if not bool((gap <= GAP).all()):
-        raise NotConverged(f"at C = {cost:g} a class stopped at a relative duality gap of {gap.max():.1e} (n = {n})")
-    return Solution(beta, gap)
+        scores = beta @ gram.matrix
+        support = _slack(signs, scores) > 0
+    return _Point.at(gram.matrix, signs, cost, beta, scores), support
+
+
+def _finished(gram: Gram, blocks: list[_Block], begun: list[tuple[_Point, Tensor]], cost: float) -> list[_Point]:
+    """What is not near enough yet goes on in float64, what is left of all blocks together. Raises NotConverged."""
+    n = len(gram.matrix)
+    left = [(~(point.gap <= _GAP_AIM)).nonzero()[:, 0] for point, _ in begun]  # also where it is not a number
+    if not any(len(some) for some in left):
+        return [point for point, _ in begun]
+
+    def of_all(values: Sequence[Tensor]) -> Tensor:
+        each = zip(blocks, left, values, strict=True)
+        return torch.cat([block.over_all(value[some], n) for block, some, value in each])
+
+    beta = of_all([point.beta for point, _ in begun])
+    start = _Start(beta, beta @ gram.matrix, of_all([support for _, support in begun]))
+    ended = _newton(gram, of_all([block.signs for block in blocks]), cost, start, _STEPS)
+    if not bool((ended.gap <= GAP).all()):
+        raise NotConverged(
+            f"at C = {cost:g} a class stopped at a relative duality gap of {ended.gap.max():.1e} (n = {n})"
+        )
+    points, at = [], 0
+    for block, some, (point, _) in zip(blocks, left, begun, strict=True):
+        points.append(point.with_some(some, ended.of(slice(at, at + len(some))).of_rows(block.rows)))
+        at += len(some)
+    return points
 
 
 def objective(signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> Tensor:
@@ -107,7 +240,7 @@ def duality_gap(gram: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: 
 
     The primal is taken at w = sum beta_i x_i, the dual at the nearest multipliers that are feasible, max(0, y beta).
     """
-    return _Point.at(gram, signs, cost, beta, scores).gap
+    return _Point.at(gram, signs, cost, beta, scores, exact=math.inf).gap
 
 
 def _slack(signs: Tensor, scores: Tensor) -> Tensor:
@@ -125,23 +258,48 @@ class _Point(NamedTuple):
     gap: Tensor
 
     @classmethod
-    def at(cls, matrix: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor) -> _Point:
-        """At some coefficients; scores: beta @ matrix."""
+    def at(cls, matrix: Tensor, signs: Tensor, cost: float, beta: Tensor, scores: Tensor, exact: float = GAP) -> _Point:
+        """At some coefficients; scores: beta @ matrix. A gap above `exact` may be of multipliers that are not feasible."""
         slack = _slack(signs, scores)
         square = (beta * scores).sum(1)
-        primal = 0.5 * square + cost * slack.square().sum(1)
+        primal = 0.5 * square + cost * _squared(slack)
         alpha = signs * beta
-        outside = (alpha.amin(1) < 0).nonzero()[:, 0]
-        if len(outside):
-            alpha.clamp_min_(0)
-            feasible = (signs * alpha)[outside]
-            square[outside] = (feasible * (feasible @ matrix)).sum(1)
-        gap = (primal - (alpha.sum(1) - 0.5 * square - alpha.square().sum(1) / (4 * cost))) / primal
+        gap = (primal - _dual(alpha, square, cost)) / primal
+        unsure = (gap <= exact).nonzero()[:, 0]
+        alpha = alpha[unsure]
+        infeasible = alpha.amin(1) < 0
+        if bool(infeasible.any()):
+            unsure, alpha = unsure[infeasible], alpha[infeasible].clamp_min_(0)
+            feasible = signs[unsure] * alpha
+            square = (feasible * (feasible @ matrix)).sum(1)
+            gap[unsure] = (primal[unsure] - _dual(alpha, square, cost)) / primal[unsure]
         return cls(beta, scores, slack, primal, gap)
 
-    def of(self, problems: Tensor) -> _Point:
+    def of(self, problems: Tensor | slice) -> _Point:
         """Some of the problems."""
         return _Point(*(part[problems] for part in self))
+
+    def of_rows(self, rows: Tensor) -> _Point:
+        """The same, told of some of the rows."""
+        if len(rows) == self.beta.shape[1]:
+            return self
+        return self._replace(beta=self.beta[:, rows], scores=self.scores[:, rows], slack=self.slack[:, rows])
+
+    def with_some(self, problems: Tensor, points: _Point) -> _Point:
+        """With some of the problems elsewhere."""
+        if len(problems) == len(self.gap):
+            return points
+        return _Point(*(part.index_copy(0, problems, some) for part, some in zip(self, points, strict=True)))
+
+
+def _dual(alpha: Tensor, square: Tensor, cost: float) -> Tensor:
+    """The dual objective [P] at multipliers alpha [P, n]; square: |sum y alpha x|^2."""
+    return alpha.sum(1) - 0.5 * square - _squared(alpha) / (4 * cost)
+
+
+def _squared(vectors: Tensor) -> Tensor:
+    """Their squared lengths."""
+    return torch.linalg.vector_norm(vectors, dim=1).square_()
 
 
 def _from_all_rows(gram: Gram, signs: Tensor, ridge: float) -> Tensor:
@@ -160,44 +318,50 @@ def _from_all_rows(gram: Gram, signs: Tensor, ridge: float) -> Tensor:
     return beta
 
 
-def _newton(gram: Gram, signs: Tensor, cost: float, beta: Tensor, steps: int) -> Solution:
-    """Newton steps in the precision of `signs` and `beta` until every gap is small or `steps` are taken."""
-    single = beta.dtype == torch.float32
+def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -> _Point:
+    """Newton steps in the precision of `signs` and `start` until every gap is small or `steps` are taken."""
+    single = start.beta.dtype == torch.float32
     matrix, ridge = gram.rough if single else gram.matrix, 1 / (2 * cost)
-    point = _Point.at(matrix, signs, cost, beta, beta @ matrix)
-    result, problems = Solution(beta.clone(), point.gap.clone()), torch.arange(len(beta), device=beta.device)
+    result = point = _Point.at(matrix, signs, cost, start.beta, start.scores)
+    support, problems = start.support, torch.arange(len(signs), device=signs.device)
     for _ in range(steps):
         more = ~(point.gap <= _GAP_AIM)  # also where it is not a number
         if not bool(more.all()):  # finished problems leave
-            result.beta[problems], result.gap[problems] = point.beta, point.gap
+            result = result.with_some(problems, point)
             still = more.nonzero()[:, 0]
-            problems, signs, point = problems[still], signs[still], point.of(still)
+            problems, signs, point, support = problems[still], signs[still], point.of(still), support[still]
             if not len(problems):
-                break
-        support = point.slack > 0
-        kept = point.beta * support
-        kept_scores = point.scores if torch.equal(kept, point.beta) else kept @ matrix
-        residual = torch.add(signs - kept_scores, kept, alpha=-ridge).mul_(support)
-        if single and support.sum() > max(0.15 * support.shape[1], 48) * len(support):
-            step = _conjugate_steps(gram, ridge, support, residual)
+                return result
+        if single and support.sum() > max(_LARGE * support.shape[1], 48) * len(support):
+            kept = point.beta * support
+            kept_scores = point.scores if torch.equal(kept, point.beta) else kept @ matrix
+            step = _conjugate_steps(
+                gram, ridge, support, torch.add(signs - kept_scores, kept, alpha=-ridge).mul_(support)
+            )
+            target, goal = kept + step, torch.addmm(kept_scores, step, matrix)
         else:
-            step = _factored_steps(matrix, ridge, support, residual)
+            target = _factored(matrix, ridge, support, signs)
+            goal = target @ matrix
         before = point
-        point = _line_search(matrix, signs, cost, point, kept + step, torch.addmm(kept_scores, step, matrix))
+        point = _line_search(matrix, signs, cost, point, target, goal)
         nearer = (point.gap < before.gap / 2) | (point.primal < before.primal * (1 - _ROUNDING))
         if single and not bool(nearer.any()):
             break  # float32 goes no further
-    result.beta[problems], result.gap[problems] = point.beta, point.gap
-    return result
+        support = point.slack > 0
+    return result.with_some(problems, point)
 
 
 def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, target: Tensor, goal: Tensor) -> _Point:
     """Go to the target, which scores `goal`; where that is worse, to the best point on the way, as finite convergence needs.
 
-    The objective along the way is convex: its slope's zero is bisected.
+    A certified target is never worse, whatever rounding does to its objective.
+
+    The objective along the way is convex and piecewise quadratic: its slope's zero is found by Newton's method, within
+    the bounds that the slopes seen so far give.
     """
     reached = _Point.at(matrix, signs, cost, target, goal)
-    worse = (~(reached.primal <= point.primal)).nonzero()[:, 0]  # also where it is not a number
+    worse = ~((reached.primal <= point.primal) | (reached.gap <= GAP))  # also where it is not a number
+    worse = worse.nonzero()[:, 0]
     if not len(worse):
         return reached
     y, b, s = signs[worse], point.beta[worse], point.scores[worse]
@@ -205,12 +369,15 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
     failed = ~(along.isfinite() & across.isfinite()).all(1, keepdim=True)
     along, across = along.masked_fill(failed, 0), across.masked_fill(failed, 0)
     start, curve = (along * s).sum(1), (along * across).sum(1)
-    length = torch.zeros_like(start)
-    for k in range(1, _BISECTIONS):
-        tried = length + 0.5**k
-        slack = _slack(y, torch.addcmul(s, tried[:, None], across))
-        slope = start + tried * curve - 2 * cost * (y * across * slack).sum(1)
-        length = torch.where(slope < 0, tried, length)
+    margins = y * across
+    low, high = torch.zeros_like(start), torch.ones_like(start)
+    length = high
+    for _ in range(_SEARCH_STEPS):
+        slack = _slack(y, torch.addcmul(s, length[:, None], across))
+        slope = start + length * curve - 2 * cost * (margins * slack).sum(1)
+        low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
+        newton = length - slope / (curve + 2 * cost * (margins.square() * (slack > 0)).sum(1))
+        length = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
     beta, scores = (torch.addcmul(a, length[:, None], b) for a, b in ((b, along), (s, across)))
     for part, values in zip(reached, _Point.at(matrix, y, cost, beta, scores), strict=True):
         part[worse] = values
@@ -240,7 +407,7 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
     direction = precondition(residual)
     product = (residual * direction).sum(1)
     target = 1e-4 * residual.square().sum(1)
-    for _ in range(_DUAL_INNER_STEPS):
+    for _ in range(_INNER_STEPS):
         image = torch.addmm(direction, direction, matrix, beta=ridge).mul_(mask)
         length = (product / (direction * image).sum(1).clamp_min(1e-30))[:, None]
         solution.addcmul_(length, direction)
@@ -254,159 +421,24 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
     return solution
 
 
-def _factored_steps(matrix: Tensor, ridge: float, support: Tensor, right: Tensor) -> Tensor:
-    """The same by a Cholesky factor of each problem's (K + I/2C)_SS, problems of like size together."""
+def _factored(matrix: Tensor, ridge: float, support: Tensor, right: Tensor) -> Tensor:
+    """(K + I/2C)_SS x = right over each problem's support by a Cholesky factor each, problems of like size together."""
     out = torch.zeros_like(right)
-    counts, order = support.sum(1).sort()
+    counts, n = support.sum(1), support.shape[1]
+    rows, starts = support.nonzero()[:, 1], counts.cumsum(0) - counts
+    counts, order = counts.sort()
     sizes, end = counts.tolist(), len(counts)
-    rows = support[order].to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     while end and sizes[end - 1]:
         size = sizes[end - 1]
-        begin = max(0, end - max(1, _BLOCK[matrix.device.type] // size**2))
-        some, place = order[begin:end], rows[begin:end, :size]
-        filler = torch.arange(size, device=matrix.device) >= counts[begin:end, None]
-        end = begin
-        blocks = matrix[place[:, :, None], place[:, None, :]]
-        blocks.masked_fill_(filler[:, :, None] | filler[:, None, :], 0)
+        begin = max(0, end - max(1, BLOCK[matrix.device.type] // size**2))
+        some, number = order[begin:end], torch.arange(size, device=matrix.device)
+        filler = number >= counts[begin:end, None]
+        place = rows[(starts[some, None] + number).clamp_max_(len(rows) - 1)]
+        end, kept = begin, (~filler).to(matrix.dtype)
+        blocks = matrix.view(-1)[place[:, :, None] * n + place[:, None, :]]
+        blocks.mul_(kept[:, :, None]).mul_(kept[:, None, :])
         blocks.diagonal(dim1=1, dim2=2).add_(ridge).masked_fill_(filler, 1)
-        vector = right[some].gather(1, place).masked_fill_(filler, 0)
+        vector = right[some].gather(1, place)
         solved = torch.cholesky_solve(vector[..., None], torch.linalg.cholesky_ex(blocks)[0])[..., 0]
-        out[some] = torch.zeros_like(right[some]).scatter_(1, place, solved.masked_fill(filler, 0))
+        out[some] = out[some].scatter_add_(1, place, solved * kept)
     return out
-
-
-def solve_primal(features: Tensor, signs: Tensor, cost: float, start: Tensor | None = None) -> Primal:
-    """Solve the same problems in the primal, for more rows than features: truncated Newton, all classes together.
-
-    features: [n, d] float32 or float64 (a constant column is added inside for the intercept). signs: [K, n] of -1 and
-    +1. start: weights [K, d + 1] of a nearby C. The weights are float64 where float32 did not suffice. Memory beyond the
-    features: a few matrices [n, K] and [K, d + 1]. Raises NotConverged where a duality gap stays above 1e-4.
-    """
-    n, d = features.shape
-    signs = signs.T.to(features.dtype)
-    weights = features.new_zeros(signs.shape[1], d + 1) if start is None else start.to(features.dtype, copy=True)
-    basis = _leading(features)
-    leading, norms = _scores(features, basis), features.square().sum(1) + 1
-    scores = _scores(features, weights)
-    for _ in range(_STEPS if features.dtype == torch.float64 else _STEPS_FLOAT32):
-        slack = (1 - signs * scores).clamp_min(0)
-        gradient = weights - 2 * cost * _back(features, signs * slack)
-        gap = _primal_gap(weights, gradient, slack, cost)
-        if bool((gap <= GAP / 2).all()):
-            return Primal(weights, gap)
-        support = (slack > 0).to(features.dtype)
-        inner = _inner(leading, support)
-        rest = (norms @ support - inner.diagonal(dim1=1, dim2=2).sum(1)).clamp_min(0) / (d + 1)
-        precondition = _Leading(basis, 2 * cost * inner, 1 + 2 * cost * rest)
-        step = _conjugate_gradients(features, support, cost, -gradient, precondition)
-        step_scores = _scores(features, step)
-        length = _best_length(weights, scores, step, step_scores, signs, cost)
-        weights, scores = weights + length[:, None] * step, scores + length * step_scores
-    if features.dtype == torch.float32:  # what is left is float32's own error: finish in float64
-        return solve_primal(features.double(), signs.T, cost, weights)
-    worst = int(gap.argmax())
-    raise NotConverged(
-        f"class {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n}, d = {d})"
-    )
-
-
-class _Leading:
-    """An approximate inverse of I + 2C X^T M X for each class: exact in the leading directions, uniform elsewhere."""
-
-    def __init__(self, basis: Tensor, inner: Tensor, rest: Tensor) -> None:
-        """basis: orthonormal [r, d + 1]. inner: 2C of its part of X^T M X [K, r, r]. rest: the others' mean [K]."""
-        diagonal = inner.diagonal(dim1=1, dim2=2)
-        diagonal.add_(1 + 1e-6 * diagonal.sum(1, keepdim=True))  # makes up for rounding, so that the factor exists
-        self._basis, self._rest = basis, rest[:, None]
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
-
-    def __call__(self, right: Tensor) -> Tensor:
-        inside = right @ self._basis.T
-        solved = torch.bmm(self._inverse, inside[..., None])[..., 0]
-        return right / self._rest + (solved - inside / self._rest) @ self._basis
-
-
-def _leading(features: Tensor) -> Tensor:
-    """An orthonormal basis [r, d + 1] of what rows, with the constant column, have most in common."""
-    generator = torch.Generator().manual_seed(0)
-    width = features.shape[1] + 1
-    basis = torch.randn(min(_PRIMAL_RANK, width), width, generator=generator).to(features)
-    for _ in range(3):
-        basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
-    return basis
-
-
-def _inner(rows: Tensor, support: Tensor) -> Tensor:
-    """X^T M X of each class [K, r, r], of rows [n, r] and its support [n, K], by blocks of rows that stay in the cache."""
-    classes, rank = support.shape[1], rows.shape[1]
-    out = rows.new_zeros(classes, rank, rank)
-    step = max(64, 16 * _BLOCK[rows.device.type] // (classes * rank))
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        out.baddbmm_((support[start : start + step].T[:, :, None] * block).mT, block.expand(classes, -1, -1))
-    return out
-
-
-def _scores(features: Tensor, weights: Tensor) -> Tensor:
-    """w.x of every row and class [n, K], the last weight being the intercept's."""
-    return torch.addmm(weights[:, -1], features, weights[:, :-1].T)
-
-
-def _back(features: Tensor, values: Tensor) -> Tensor:
-    """sum_i values_ic x_i with the constant column: [K, d + 1] for values [n, K]."""
-    return torch.cat([values.T @ features, values.sum(0)[:, None]], 1)
-
-
-def _primal_gap(weights: Tensor, gradient: Tensor, slack: Tensor, cost: float) -> Tensor:
-    """Relative duality gap [K], the dual at alpha = 2C slack, whose weights are w - gradient."""
-    squares = slack.double().square().sum(0)
-    primal = 0.5 * weights.double().square().sum(1) + cost * squares
-    implied = (weights - gradient).double().square().sum(1)
-    dual = 2 * cost * slack.double().sum(0) - 0.5 * implied - cost * squares
-    return (primal - dual) / primal
-
-
-def _conjugate_gradients(
-    features: Tensor, support: Tensor, cost: float, right: Tensor, precondition: _Leading
-) -> Tensor:
-    """Newton's direction of every class: (I + 2C X^T M X) s = right, to a thousandth of the gradient's norm, in float64 to a millionth.
-
-    Looser, and with a large C it stalls: the part of the residual that is left outweighs what the step gains."""
-    solution = torch.zeros_like(right)
-    residual = right.clone()
-    direction = precondition(residual)
-    product = (residual * direction).sum(1)
-    target = (1e-6 if right.dtype == torch.float32 else 1e-12) * product
-    for _ in range(_INNER_STEPS):
-        image = direction + 2 * cost * _back(features, support * _scores(features, direction))
-        curvature = (direction * image).sum(1)
-        length = torch.where((product > target) & (curvature > 0), product / curvature, 0)  # 0: done, or rounding
-        if not bool((length > 0).any()):
-            break
-        solution += length[:, None] * direction
-        residual -= length[:, None] * image
-        scaled = precondition(residual)
-        renewed = (residual * scaled).sum(1)
-        direction = scaled + torch.where(length > 0, renewed / product, 0)[:, None] * direction
-        product = torch.where(length > 0, renewed, 0)
-    return solution
-
-
-def _best_length(
-    weights: Tensor, scores: Tensor, step: Tensor, step_scores: Tensor, signs: Tensor, cost: float
-) -> Tensor:
-    """How far to go along each class's step: the best of the full one and its halvings, or not at all."""
-    best = torch.zeros(len(weights), dtype=weights.dtype, device=weights.device)
-    value = _primal(weights, scores, signs, cost)
-    for t in _LENGTHS[:8]:
-        tried = _primal(weights + t * step, scores + t * step_scores, signs, cost)
-        best = torch.where(tried < value, t, best)
-        value = torch.minimum(tried, value)
-        if bool((best > 0).all()):
-            break
-    return best
-
-
-def _primal(weights: Tensor, scores: Tensor, signs: Tensor, cost: float) -> Tensor:
-    slack = (1 - signs * scores).clamp_min(0)
-    return 0.5 * weights.square().sum(1).double() + cost * slack.square().sum(0).double()

@@ -58,10 +58,23 @@ def test_folds_solved_together_are_solved_as_alone(monkeypatch):
     costs = [1e-3, 1e-1, 10.0]
     monkeypatch.setattr(solvers.svm, "_GAP_AIM", 1e-12)
     together = solvers.Batched(x, y, 6).held_out(folds, costs)
-    monkeypatch.setitem(solvers.TOGETHER, "cpu", 1)
+    monkeypatch.setitem(solvers.svm._TOGETHER, "cpu", 1)
+    in_blocks = solvers.Batched(x, y, 6).held_out(folds, costs)
+    monkeypatch.setattr(solvers, "TOGETHER", 1)
     alone = solvers.Batched(x, y, 6).held_out(folds, costs)
-    for ours, theirs in zip(together, alone, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for ours, *theirs in zip(together, in_blocks, alone, strict=True):
+        np.testing.assert_allclose([ours, ours], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gram_matrix_of_all_rows_serves_every_draw():
+    x, y = clusters(images=7)
+    some = np.arange(len(y)) % 3 > 0
+    whole = solvers.gram_of_draws(x, int(some.sum()), 9, torch.device("cpu"))
+    assert whole is not None
+    assert solvers.gram_of_draws(x, int(some.sum()), 2, torch.device("cpu")) is None, "one each is less work"
+    given = whole[torch.from_numpy(np.flatnonzero(some))]
+    found = [solvers.Batched(x[some], y[some], 6, "cpu", gram).test([1e-2, 1.0], x) for gram in (given, None)]
+    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuML fits on an NVIDIA GPU only")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rng
-from fastcon.kernels import svm
+from fastcon.kernels import svm, svm_primal
 from sklearn.svm import LinearSVC
 
 from fastcon.bench.probe import features_like_resnets
@@ -135,7 +135,7 @@ def test_the_primal_reaches_the_same_optimum(shape, dtype):
     x, _, gram, signs = problem(*shape)
     weights = None
     for cost in (1e-3, 1e-1, 10.0):
-        weights, gap = svm.solve_primal(torch.from_numpy(x).to(dtype), signs, cost, weights)
+        weights, gap = svm_primal.solve(torch.from_numpy(x).to(dtype), signs, cost, weights)
         scores = weights.double() @ torch.from_numpy(np.c_[x, np.ones(len(x))]).T
         slack = (1 - signs * scores).clamp_min(0)
         ours = 0.5 * weights.double().square().sum(1) + cost * slack.square().sum(1)
@@ -149,7 +149,7 @@ def test_the_primal_reaches_the_same_optimum(shape, dtype):
 def test_blocks_of_problems_do_not_show(monkeypatch):
     _, _, gram, signs = problem()
     whole = svm.solve(gram, signs, 1.0).beta
-    monkeypatch.setitem(svm._BLOCK, "cpu", 400)
+    monkeypatch.setitem(svm.BLOCK, "cpu", 400)
     torch.testing.assert_close(svm.solve(gram, signs, 1.0).beta, whole)
 
 
@@ -177,4 +177,40 @@ def test_small_systems_of_many_rows():
     rows = torch.from_numpy(random.normal(size=(1000, 60)))
     support = torch.from_numpy((random.normal(size=(1000, 50)) > 0).astype(float))
     expected = torch.einsum("nr,nk,ns->krs", rows, support, rows)
-    torch.testing.assert_close(svm._inner(rows, support), expected)
+    torch.testing.assert_close(svm_primal._inner(rows, support), expected)
+
+
+def ordinary(classes, images, width):
+    """The Gram matrix and signs of features as a ResNet's."""
+    x, y = features_like_resnets(classes, images, width)
+    rows, signs = torch.from_numpy(x).double(), np.where(y == np.arange(classes)[:, None], 1.0, -1.0)
+    return svm.Gram.of(rows @ rows.T + 1), torch.from_numpy(signs)
+
+
+COSTS = [10.0**k for k in range(-3, 4)]
+
+
+def test_rounding_does_not_hide_an_optimum():
+    """From C = 100 only the multipliers have to change, and the objective of the optimum rounds to more than where they are."""
+    gram, signs = ordinary(3, 200, 16)
+    start = svm.solve_path(gram, signs, COSTS[:-1])[-1].beta
+    assert svm.solve(gram, signs, COSTS[-1], start).gap.max() <= svm.GAP
+
+
+@pytest.mark.parametrize(("shape", "spared"), [((30, 5, 512), 0.15), ((10, 50, 64), 0.02)])
+def test_a_path_is_quicker_than_its_steps(monkeypatch, shape, spared):
+    """A solution says more of the next than a start: which rows it outgrows, and, once it settles, where it goes."""
+    gram, signs = ordinary(*shape)
+    steps, real = [], svm._line_search
+    monkeypatch.setattr(svm, "_line_search", lambda *given: (steps.append((given[2], len(given[1]))), real(*given))[1])
+    path = svm.solve_path(gram, signs, COSTS)
+    along = {cost: sum(n for at, n in steps if at == cost) for cost in COSTS}
+    steps.clear()
+    for k, cost in enumerate(COSTS):
+        alone = svm.solve(gram, signs, cost, path[k - 1].beta if k else None)
+        scores = [beta @ gram.matrix for beta in (alone.beta, path[k].beta)]
+        torch.testing.assert_close(*scores, rtol=0, atol=5e-3)
+    alone = {cost: sum(n for at, n in steps if at == cost) for cost in COSTS}
+    assert along[1e-2] < (1 - spared) * alone[1e-2], "the rows it outgrows"
+    assert along[1e2] + along[1e3] < 0.75 * (alone[1e2] + alone[1e3]), "where it goes"
+    assert sum(along.values()) < (1 - spared) * sum(alone.values())

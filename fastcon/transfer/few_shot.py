@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastcon.cores import Cores, workers
@@ -22,7 +23,7 @@ from fastcon.machine import choose_device
 from fastcon.ranks import ALONE, Ranks
 from fastcon.transfer import options
 from fastcon.transfer.options import C_GRID, TRIALS
-from fastcon.transfer.solvers import SOLVERS, Fold, Scores, Solver
+from fastcon.transfer.solvers import SOLVERS, Fold, Scores, Solver, gram_of_draws
 
 T = TypeVar("T")
 
@@ -111,16 +112,24 @@ def few_shot(
             stacklevel=2,
         )
 
+    mine = ranks.share(trials if shots is not None else 1)
+    solver = "batched" if solver == "auto" else solver
+
+    def drawn(trial: int) -> NDArray[np.intp]:
+        return splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
+
+    whole = gram_of_draws(features, len(drawn(0)), len(mine), place) if solver == "batched" else None
+
     def run(trial: int) -> _Trial:
-        rows = splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
+        rows = drawn(trial)
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
-        fits = SOLVERS["batched" if solver == "auto" else solver](features[rows], labels[rows], classes, place)
+        gram = whole and whole[torch.from_numpy(rows).to(place)]
+        fits = SOLVERS[solver](features[rows], labels[rows], classes, place, gram)
         cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
         right = _right(scores, test_labels)
         of_classes = right.mean(0) if several else _by_class(right, test_labels, classes)
         return _Trial(float(right.mean()), cost, of_classes, fits.gap)
 
-    mine = ranks.share(trials if shots is not None else 1)
     on_cpu = solver == "sklearn" or (solver != "cuml" and place.type == "cpu")
     done: list[_Trial] = []
     for trial in _in_order(run, mine, on_cpu, threads, turns=ranks.count == 1):

@@ -8,7 +8,8 @@ it may stop above the optimum. `LinearSVM` offers the batched one as a scikit-le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -20,10 +21,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastcon.errors import FastconError, optional_import
-from fastcon.kernels import svm
+from fastcon.kernels import svm, svm_primal
 
-TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Coefficients solved at once, of several folds if these are small: more would not fit a CPU's cache."""
+TOGETHER = 1 << 24
+"""Coefficients solved at once, of several folds: more would take gigabytes."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
@@ -51,25 +52,45 @@ class Solver(Protocol):
         """Train on all rows with the last C (those before it may serve as starts): decision values [m, K] of `rows`."""
 
 
+def gram_of(rows: NDArray, device: torch.device) -> svm.Gram:
+    """The Gram matrix of rows [n, D] with a constant feature for the intercept."""
+    x = _tensor(rows, np.float64).to(device)
+    return svm.Gram.of(x @ x.T + 1)
+
+
+def gram_of_draws(features: NDArray, rows: int, draws: int, device: torch.device) -> svm.Gram | None:
+    """The Gram matrix of all features [n, D], if that is less work than one for each draw of some rows; else None."""
+    n = len(features)
+    return gram_of(features, device) if n <= GRAM_ROWS and n**2 <= draws * rows**2 else None
+
+
 class Batched:
     """The certified solver: over the Gram matrix where rows are no more than features or 8,192, else in the primal."""
 
-    def __init__(self, train: NDArray, labels: NDArray, classes: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        train: NDArray,
+        labels: NDArray,
+        classes: int,
+        device: str | torch.device = "cpu",
+        gram: svm.Gram | None = None,
+    ) -> None:
+        """gram: of the training rows, where it is known."""
         self._labels, self._classes, self._device = labels, classes, torch.device(device)
         self._signs = _signs(labels, classes).to(self._device)
         self.gap: float | None = 0.0
-        self._gram: svm.Gram | None = None
-        if len(train) <= max(train.shape[1], GRAM_ROWS):
-            self._rows = _tensor(train, np.float64).to(self._device)
-            self._gram = svm.Gram.of(self._rows @ self._rows.T + 1)
-        else:
-            self._rows = _tensor(train, np.float32).to(self._device)
+        self._gram = gram
+        self._whole: torch.Tensor | None = None
+        if gram is None and len(train) <= max(train.shape[1], GRAM_ROWS):
+            self._gram = gram_of(train, self._device)
+        self._rows = _tensor(train, np.float32 if self._gram is None else np.float64).to(self._device)
 
     def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver. Raises FastconError where an optimum is not reached."""
         if self._gram is None:
             return [self._held_out_primal(fold, costs) for fold in folds]
-        together = max(1, TOGETHER[self._device.type] // (len(self._rows) * self._classes))
+        together = max(1, TOGETHER // (len(self._rows) * self._classes))
+        self._whole = self._dual(self._gram, self._signs, costs[:1], None)[0]  # the folds' solutions are near it
         scores: list[list[Scores]] = []
         for at in range(0, len(folds), together):
             scores += self._held_out_dual(folds[at : at + together], costs)
@@ -84,11 +105,13 @@ class Batched:
     def _held_out_dual(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """Folds together: their problems are over the rows that any of them trains on."""
         assert self._gram is not None
+        assert self._whole is not None
         rows = np.unique(np.concatenate([fold.inside for fold in folds]))
         used = self._there(np.stack([np.isin(rows, fold.inside) for fold in folds]).astype(np.float64))
         places = self._there(rows)
         signs = self._signs[:, places] * used[:, None]
-        path = self._dual(self._gram[places], signs.flatten(0, 1), costs)
+        start = self._whole[:, places] * used[:, None]
+        path = self._dual(self._gram[places], signs.flatten(0, 1), costs, start.flatten(0, 1))
         scores_of_folds = []
         for k, fold in enumerate(folds):
             across = self._gram.matrix[places[:, None], self._there(fold.outside)]
@@ -101,7 +124,7 @@ class Batched:
         if self._gram is None:
             weights = self._primal(self._rows, self._signs, costs)[-1]
         else:
-            beta = self._dual(self._gram, self._signs, costs)[-1]
+            beta = self._dual(self._gram, self._signs, costs, self._whole)[-1]
             weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
         across = _tensor(rows, np.float32 if rows.dtype == np.float32 else np.float64).to(self._device)
         return _decided(_linear(weights.to(across.dtype), across).double().cpu().numpy(), self._labels)
@@ -109,27 +132,37 @@ class Batched:
     def _there(self, array: NDArray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _dual(self, gram: svm.Gram, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
-        path: list[torch.Tensor] = []
-        for cost in costs:
-            path.append(self._certified(svm.solve, gram, signs, cost, path[-1] if path else None))
-        return path
+    def _dual(
+        self, gram: svm.Gram, signs: torch.Tensor, costs: list[float], start: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        with _reached():
+            path = svm.solve_path(gram, signs, costs, start)
+        for _, gap in path:
+            self._saw(gap)
+        return [beta for beta, _ in path]
 
     def _primal(self, rows: torch.Tensor, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
         path: list[torch.Tensor] = []
         for cost in costs:
-            path.append(self._certified(svm.solve_primal, rows, signs, cost, path[-1] if path else None))
+            with _reached():
+                weights, gap = svm_primal.solve(rows, signs, cost, path[-1] if path else None)
+            path.append(weights)
+            self._saw(gap)
         return path
 
-    def _certified(self, solve: Callable[..., tuple[torch.Tensor, torch.Tensor]], *problem: Any) -> torch.Tensor:
-        try:
-            solution, gap = solve(*problem)
-        except ArithmeticError as error:  # not converged, or not positive definite
-            raise FastconError(
-                f"the SVMs did not reach their optimum ({error}): leave that C out of the grid, or scale the features"
-            ) from error
+    def _saw(self, gap: torch.Tensor) -> None:
         self.gap = max(self.gap or 0.0, float(gap.max()))
-        return solution
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Whatever keeps a solver from its optimum is an error of the command."""
+    try:
+        yield
+    except ArithmeticError as error:  # not converged, or not positive definite
+        raise FastconError(
+            f"the SVMs did not reach their optimum ({error}): leave that C out of the grid, or scale the features"
+        ) from error
 
 
 class Library:
@@ -195,7 +228,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "sklearn": partial(Library, _sklearn),
     "cuml": partial(Library, _cuml),
 }
-"""Name → (train [n, D], labels [n] or [n, K], classes K, device) → Solver."""
+"""Name → (train [n, D], labels [n] or [n, K], classes K, device, the Gram matrix if it is known) → Solver."""
 
 
 class LinearSVM(ClassifierMixin, BaseEstimator):
@@ -240,9 +273,9 @@ def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[ND
     """Weights [K, d + 1] and duality gaps [K]."""
     rows = _tensor(x, np.float64)
     if len(x) > max(x.shape[1], GRAM_ROWS):
-        weights, gap = svm.solve_primal(rows, _signs(labels, classes), cost)
+        weights, gap = svm_primal.solve(rows, _signs(labels, classes), cost)
         return weights.numpy(), gap.numpy()
-    beta, gap = svm.solve(svm.Gram.of(rows @ rows.T + 1), _signs(labels, classes), cost)
+    beta, gap = svm.solve(gram_of(x, rows.device), _signs(labels, classes), cost)
     return torch.cat([beta @ rows, beta.sum(1, keepdim=True)], 1).numpy(), gap.numpy()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from device import DEVICE
-from fastcon.kernels import svm
+from fastcon.kernels import svm, svm_primal
 
 from fastcon.bench.probe import _objective, features_like_resnets
 from fastcon.transfer.few_shot import C_GRID, few_shot
@@ -34,7 +34,7 @@ def test_solutions_are_the_same_dual_and_primal(cost):
         here, wanted = rows.to(device), signs.to(device)
         gram = svm.Gram.of(here @ here.T + 1)
         beta, gap = svm.solve(gram, wanted, cost)
-        primal, primal_gap = svm.solve_primal(here, wanted, cost)
+        primal, primal_gap = svm_primal.solve(here, wanted, cost)
         assert max(gap.max().item(), primal_gap.max().item()) < 1e-3
         found[device] = svm.objective(wanted, cost, beta, beta @ gram.matrix).cpu(), (primal[:, :-1] @ here.T).cpu()
     for gpu, cpu in zip(found[DEVICE], found["cpu"], strict=True):
