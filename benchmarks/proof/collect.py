@@ -24,6 +24,8 @@ OVERLAYS = {
     "even": ("three", "even"),
     "again": ("three", "again"),
     "codecs": ("codecs",),
+    "eight": ("views", "eight"),
+    "across": ("lite0", "five", "across"),
 }
 """Record → what is laid over headline.toml."""
 METHODS = ("teacher", "traditional", "consolidated")
