@@ -7,8 +7,8 @@ Objective of each class, as liblinear's (with the intercept as one more, penalis
 Newton's method on the support set (Keerthi & DeCoste, JMLR 2005, in the span of the rows: Chapelle, Neural
 Computation 2007): with support S, (K_SS + I / 2C) beta_S = y_S and beta = 0 elsewhere. Float32 finds the support:
 where it is large by conjugate gradients, all classes in one product, preconditioned with the few large eigenvalues
-that features have in common; where it is small by one Cholesky factor per class. Float64 finishes what is not certified
-then. Every solution comes with its duality gap.
+that features have in common; where it is small by one Cholesky factor per class. Float64 finishes what is not at
+its optimum then. Every solution comes with its duality gap.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STAYING = 0.4  # share of the support that has to stay where a solution only gr
 _SETTLED, _SCALE_STEPS = 1.05, 3
 _RANK = 16  # of the preconditioner
 _INNER_STEPS = 32
-_TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}  # coefficients of a block: a CPU's cache holds no more
+_PER_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}  # coefficients of a block: a CPU's cache holds no more
 _SEARCH_STEPS = 8
 
 
@@ -81,7 +81,7 @@ def solve(gram: Gram, signs: Tensor, cost: float, start: Tensor | None = None) -
     """Solve P one-vs-rest problems over the rows of one Gram matrix: all classes, and all folds, together.
 
     gram: of X X^T + 1 for an intercept. signs: float64 [P, n] of -1 and +1, and 0 where a row is not in the problem, as
-    one that a fold holds out; its coefficient is 0, in `start`, too. cost: C. start: beta [P, n] of a problem nearby: of
+    one that a fold holds out; its coefficient is 0, in `start`, too. Every problem has rows. cost: C. start: beta [P, n] of a problem nearby: of
     another C, or of other rows as well. Raises NotConverged rather than returning a solution whose gap is above 1e-4.
     """
     return solve_path(gram, signs, [cost], start)[0]
@@ -103,7 +103,7 @@ def solve_path(gram: Gram, signs: Tensor, costs: Sequence[float], start: Tensor 
             begun.append(_approached(block, cost, began))
         points = _finished(gram, blocks, begun, cost)
         for path, point in zip(paths, points, strict=True):
-            path.append(point)
+            path[:] = [*path[-1:], point]  # more are not needed, and would take the memory of a solution each
         beta = torch.cat(
             [block.over_all(point.beta, len(gram.matrix)) for block, point in zip(blocks, points, strict=True)]
         )
@@ -134,7 +134,7 @@ def _blocks(gram: Gram, signs: Tensor) -> list[_Block]:
     inside, n = signs != 0, signs.shape[1]
     begins = [0, *((inside[1:] != inside[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(signs)]
     largest = max(end - begin for begin, end in itertools.pairwise(begins))
-    together = max(1, _TOGETHER[signs.device.type] // (n * largest))
+    together = max(1, _PER_BLOCK[signs.device.type] // (n * largest))
     blocks = []
     for first, end in itertools.pairwise([*begins[:-1:together], len(signs)]):
         rows = inside[first:end].any(0).nonzero()[:, 0]
@@ -164,7 +164,7 @@ def _predicted(points: list[_Point], ridges: list[float], signs: Tensor) -> _Sta
     grown = _slack(signs, scale * scores) > 0
     grows = grown.sum(1, keepdim=True) > _STAYING * support.sum(1, keepdim=True)
     factor = torch.where(grows, scale, 1)
-    if len(points) > 1:
+    if len(points) > 1 and ridges[-2] != ridges[-3]:
         before = points[-2]
         settled = ~grows & (scale < _SETTLED) & ((before.beta != 0) == support).all(1, keepdim=True)
         further = settled * ((ridges[-1] - ridges[-2]) / (ridges[-2] - ridges[-3]))
@@ -324,7 +324,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -
     matrix, ridge = gram.rough if single else gram.matrix, 1 / (2 * cost)
     result = point = _Point.at(matrix, signs, cost, start.beta, start.scores)
     support, problems = start.support, torch.arange(len(signs), device=signs.device)
-    for _ in range(steps):
+    for number in range(steps):
         more = ~(point.gap <= _GAP_AIM)  # also where it is not a number
         if not bool(more.all()):  # finished problems leave
             result = result.with_some(problems, point)
@@ -345,8 +345,8 @@ def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -
         before = point
         point = _line_search(matrix, signs, cost, point, target, goal)
         nearer = (point.gap < before.gap / 2) | (point.primal < before.primal * (1 - _ROUNDING))
-        if single and not bool(nearer.any()):
-            break  # float32 goes no further
+        if single and number and not bool(nearer.any()):
+            break  # float32 goes no further; the first step's support was a guess
         support = point.slack > 0
     return result.with_some(problems, point)
 
@@ -354,13 +354,14 @@ def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -
 def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, target: Tensor, goal: Tensor) -> _Point:
     """Go to the target, which scores `goal`; where that is worse, to the best point on the way, as finite convergence needs.
 
-    A certified target is never worse, whatever rounding does to its objective.
+    A certified target is not worse than what is further from its optimum, whatever rounding does to its objective.
 
     The objective along the way is convex and piecewise quadratic: its slope's zero is found by Newton's method, within
     the bounds that the slopes seen so far give.
     """
     reached = _Point.at(matrix, signs, cost, target, goal)
-    worse = ~((reached.primal <= point.primal) | (reached.gap <= GAP))  # also where it is not a number
+    nearer = (reached.gap <= GAP) & (reached.gap < point.gap)
+    worse = ~((reached.primal <= point.primal) | nearer)  # also where it is not a number
     worse = worse.nonzero()[:, 0]
     if not len(worse):
         return reached
@@ -378,8 +379,16 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
         low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
         newton = length - slope / (curve + 2 * cost * (margins.square() * (slack > 0)).sum(1))
         length = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-    beta, scores = (torch.addcmul(a, length[:, None], b) for a, b in ((b, along), (s, across)))
-    for part, values in zip(reached, _Point.at(matrix, y, cost, beta, scores), strict=True):
+
+    def at(length: Tensor) -> _Point:
+        beta, scores = (torch.addcmul(a, length[:, None], b) for a, b in ((b, along), (s, across)))
+        return _Point.at(matrix, y, cost, beta, scores)
+
+    found = at(length)
+    above = found.primal > point.primal[worse]
+    if bool(above.any()):
+        found = at(torch.where(above, low, length))
+    for part, values in zip(reached, found, strict=True):
         part[worse] = values
     return reached
 
@@ -424,7 +433,7 @@ def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -
 def _factored(matrix: Tensor, ridge: float, support: Tensor, right: Tensor) -> Tensor:
     """(K + I/2C)_SS x = right over each problem's support by a Cholesky factor each, problems of like size together."""
     out = torch.zeros_like(right)
-    counts, n = support.sum(1), support.shape[1]
+    counts = support.sum(1)
     rows, starts = support.nonzero()[:, 1], counts.cumsum(0) - counts
     counts, order = counts.sort()
     sizes, end = counts.tolist(), len(counts)
@@ -435,7 +444,7 @@ def _factored(matrix: Tensor, ridge: float, support: Tensor, right: Tensor) -> T
         filler = number >= counts[begin:end, None]
         place = rows[(starts[some, None] + number).clamp_max_(len(rows) - 1)]
         end, kept = begin, (~filler).to(matrix.dtype)
-        blocks = matrix.view(-1)[place[:, :, None] * n + place[:, None, :]]
+        blocks = matrix[place[:, :, None], place[:, None, :]]
         blocks.mul_(kept[:, :, None]).mul_(kept[:, None, :])
         blocks.diagonal(dim1=1, dim2=2).add_(ridge).masked_fill_(filler, 1)
         vector = right[some].gather(1, place)

@@ -58,7 +58,7 @@ def test_folds_solved_together_are_solved_as_alone(monkeypatch):
     costs = [1e-3, 1e-1, 10.0]
     monkeypatch.setattr(solvers.svm, "_GAP_AIM", 1e-12)
     together = solvers.Batched(x, y, 6).held_out(folds, costs)
-    monkeypatch.setitem(solvers.svm._TOGETHER, "cpu", 1)
+    monkeypatch.setitem(solvers.svm._PER_BLOCK, "cpu", 1)
     in_blocks = solvers.Batched(x, y, 6).held_out(folds, costs)
     monkeypatch.setattr(solvers, "TOGETHER", 1)
     alone = solvers.Batched(x, y, 6).held_out(folds, costs)
@@ -118,7 +118,7 @@ def test_many_rows_go_to_the_primal_and_agree(monkeypatch):
     costs = [1e-3, 1e-1, 10.0, 1000.0]
     exact = solvers.Batched(x, y, 6)
     monkeypatch.setattr(solvers, "GRAM_ROWS", 0)
-    monkeypatch.setattr(solvers.svm, "solve", lambda *_: pytest.fail("the Gram matrix was used"))
+    monkeypatch.setattr(solvers.svm, "solve_path", lambda *_: pytest.fail("the Gram matrix was used"))
     primal = solvers.Batched(x, y, 6)
     found = [primal.test(costs[:k], rows) for k in range(1, len(costs) + 1)]
     monkeypatch.undo()

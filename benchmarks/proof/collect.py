@@ -25,6 +25,7 @@ OVERLAYS = {
     "again": ("three", "again"),
     "codecs": ("codecs",),
     "eight": ("views", "eight"),
+    "longer": ("lite0", "longer"),
     "across": ("lite0", "five", "across"),
 }
 """Record → what is laid over headline.toml."""

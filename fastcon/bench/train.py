@@ -85,7 +85,7 @@ def bench(
             for row in _precompute(folder, manifest, Recipe(size=shape.size), shape, device, rounds, say):
                 rows.append(row)
                 say(_line(row))
-        for count in (2, 4):
+        for count in (2, 4, 6):
             path = store_of(folder / f"store-{count}", manifest, recipe, 1, [CLASSES] * count, Machine(str(device)))
             measured = _train(path, scale, device, count, rounds, case)
             rows += measured[count > 2 :]  # the step does not depend on the number of teachers: one row of it is enough

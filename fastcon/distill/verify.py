@@ -28,6 +28,7 @@ from fastcon.remote import is_url
 from fastcon.store import bake, parts
 from fastcon.store.codec import Parts
 from fastcon.store.images import image_sets, manifest_of
+from fastcon.store.lease import Lost
 from fastcon.store.mirror import ALL, mirrored
 from fastcon.store.pixels import check_pixels, decode_samples
 from fastcon.store.reader import Store
@@ -98,6 +99,8 @@ def verify(
         if repair and damaged:
             try:
                 _repair(store, manifest, name, damaged, machine)
+            except Lost:
+                raise
             except FastconError as error:
                 checks.append(Check(f"{name}: repair", False, str(error)))
             store = Store(path)

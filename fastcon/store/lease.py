@@ -77,9 +77,12 @@ class Lease:
             time.sleep(pause)
         raise AssertionError
 
-    def check(self) -> None:
-        """Raise Lost where another has taken it, from then on for good; FastconError where that cannot be seen."""
-        self._lost = self._lost or max(self._numbers(), default=0) != self._number or not self._mine()
+    def check(self, look: bool = True) -> None:
+        """Raise Lost where another has taken it, from then on for good; FastconError where that cannot be seen.
+
+        look: now; else what was seen last counts, which is as old as a sign of life at most.
+        """
+        self._lost = self._lost or (look and (max(self._numbers(), default=0) != self._number or not self._mine()))
         if self._lost:
             raise Lost(
                 f"{self._what} is written by another process by now, as this one gave no sign of life for {EXPIRY:g} s: "

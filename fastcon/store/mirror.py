@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastcon.errors import FastconError, one_line
-from fastcon.files import cache_folder
+from fastcon.files import cache_folder, write_atomically
 from fastcon.remote import AT_ONCE, fetch, filesystem_of
 from fastcon.store.format import COPY
 from fastcon.store.lease import Lease, Lost
@@ -166,7 +166,8 @@ class _Mirror:
             try:
                 self._push()
             except Lost as lost:
-                Path(self._folder, LOST).write_text(str(lost))
+                with contextlib.suppress(OSError):  # where nothing can be written, its writer does not go on either
+                    write_atomically(Path(self._folder, LOST), str(lost).encode())
                 return
             except Exception:  # the next round brings what failed, or the last one says why
                 continue
@@ -207,6 +208,7 @@ class _Mirror:
                 del self._there[name]
 
     def _put(self, name: str, data: bytes | None = None) -> None:
+        self._lease.check(look=False)
         if data is not None:
             self._filesystem.pipe_file(f"{self._key}/{name}", data)
             return

@@ -215,11 +215,16 @@ class Store(Stored):
     def ahead(self, names: Sequence[str], view: int, chunk: int) -> None:
         """See `Stored`."""
         files = [file for name in names for file in self._chunk_files(name, view, chunk)]
-        shards = [self._shard_name(view, chunk)] if self.recipe.bake is not None else []
-        self._files.ahead([*self._view_files(view), *files, *shards])
+        checksums = [self._path(name, "checksums") for name in names]
+        if self.recipe.bake is not None:
+            files.append(self._shard_name(view, chunk))
+            checksums.append("baked/checksums")
+        notes = [file for path in checksums for file in self._value_files(path, view)]
+        read = {file.partition("/c/")[0] for file in [*self._view_files(view), *files, *notes]} & self.layout.keys()
+        self._files.ahead([*sorted(f"{path}/zarr.json" for path in read), *self._view_files(view), *notes, *files])
 
     def _view_files(self, view: int) -> list[str]:
-        return [f"{name}/c/{view}" + "/0" * (len(self.layout[name].shape) - 1) for name in VIEW_COLUMNS]
+        return [file for name in VIEW_COLUMNS for file in self._value_files(name, view)]
 
     def _chunk_files(self, name: str, view: int, chunk: int) -> list[str]:
         """The files of a chunk's parts."""
@@ -411,13 +416,17 @@ class Store(Stored):
 
     def _need(self, path: str, index: int | None = None) -> None:
         """Have the chunks of an array on this machine. Raises FileNotFoundError, where Zarr would return zeros."""
-        layout = self.layout[path]
-        numbers = range(-(-layout.shape[0] // layout.chunks[0])) if index is None else [index // layout.chunks[0]]
-        files = [f"{path}/c/{number}" + "/0" * (len(layout.shape) - 1) for number in numbers]
+        files = self._value_files(path, index)
         self._files.ahead(files)
         for file in files:
-            with contextlib.suppress(FileNotFoundError) if layout.fill else contextlib.nullcontext():
+            with contextlib.suppress(FileNotFoundError) if self.layout[path].fill else contextlib.nullcontext():
                 self._files.path(file)
+
+    def _value_files(self, path: str, index: int | None = None) -> list[str]:
+        """The files of an array's values; index: of one entry of the first axis."""
+        layout = self.layout[path]
+        numbers = range(-(-layout.shape[0] // layout.chunks[0])) if index is None else [index // layout.chunks[0]]
+        return [f"{path}/c/{number}" + "/0" * (len(layout.shape) - 1) for number in numbers]
 
     def damaged_metadata(self) -> list[str]:
         """Metadata files (zarr.json of arrays and groups, record.copy) that differ from what the record implies."""

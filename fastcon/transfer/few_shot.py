@@ -118,14 +118,14 @@ def few_shot(
     def drawn(trial: int) -> NDArray[np.intp]:
         return splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
 
-    whole = gram_of_draws(features, len(drawn(0)), len(mine), place) if solver == "batched" else None
+    whole = gram_of_draws(features, len(drawn(0)), trials if shots else 1, place) if solver == "batched" else None
 
     def run(trial: int) -> _Trial:
         rows = drawn(trial)
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
         gram = whole and whole[torch.from_numpy(rows).to(place)]
         fits = SOLVERS[solver](features[rows], labels[rows], classes, place, gram)
-        cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
+        cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(set(c_grid)))
         right = _right(scores, test_labels)
         of_classes = right.mean(0) if several else _by_class(right, test_labels, classes)
         return _Trial(float(right.mean()), cost, of_classes, fits.gap)

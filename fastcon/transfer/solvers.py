@@ -24,7 +24,7 @@ from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm, svm_primal
 
 TOGETHER = 1 << 24
-"""Coefficients solved at once, of several folds: more would take gigabytes."""
+"""Coefficients, and entries of Gram matrices, of the folds that are solved together: some of each take 0.1 GB then."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
@@ -52,16 +52,17 @@ class Solver(Protocol):
         """Train on all rows with the last C (those before it may serve as starts): decision values [m, K] of `rows`."""
 
 
-def gram_of(rows: NDArray, device: torch.device) -> svm.Gram:
-    """The Gram matrix of rows [n, D] with a constant feature for the intercept."""
-    x = _tensor(rows, np.float64).to(device)
-    return svm.Gram.of(x @ x.T + 1)
-
-
 def gram_of_draws(features: NDArray, rows: int, draws: int, device: torch.device) -> svm.Gram | None:
     """The Gram matrix of all features [n, D], if that is less work than one for each draw of some rows; else None."""
     n = len(features)
-    return gram_of(features, device) if n <= GRAM_ROWS and n**2 <= draws * rows**2 else None
+    if draws < 2 or n > GRAM_ROWS or n**2 > draws * rows**2:
+        return None
+    return _gram(_tensor(features, np.float64).to(device))
+
+
+def _gram(rows: torch.Tensor) -> svm.Gram:
+    """Of rows [n, D] with a constant feature for the intercept."""
+    return svm.Gram.of(rows @ rows.T + 1)
 
 
 class Batched:
@@ -79,17 +80,16 @@ class Batched:
         self._labels, self._classes, self._device = labels, classes, torch.device(device)
         self._signs = _signs(labels, classes).to(self._device)
         self.gap: float | None = 0.0
-        self._gram = gram
         self._whole: torch.Tensor | None = None
-        if gram is None and len(train) <= max(train.shape[1], GRAM_ROWS):
-            self._gram = gram_of(train, self._device)
-        self._rows = _tensor(train, np.float32 if self._gram is None else np.float64).to(self._device)
+        dual = gram is not None or len(train) <= max(train.shape[1], GRAM_ROWS)
+        self._rows = _tensor(train, np.float64 if dual else np.float32).to(self._device)
+        self._gram = (gram or _gram(self._rows)) if dual else None
 
     def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver. Raises FastconError where an optimum is not reached."""
         if self._gram is None:
             return [self._held_out_primal(fold, costs) for fold in folds]
-        together = max(1, TOGETHER // (len(self._rows) * self._classes))
+        together = max(1, TOGETHER // (len(self._rows) * max(len(self._rows), self._classes)))
         self._whole = self._dual(self._gram, self._signs, costs[:1], None)[0]  # the folds' solutions are near it
         scores: list[list[Scores]] = []
         for at in range(0, len(folds), together):
@@ -111,7 +111,8 @@ class Batched:
         places = self._there(rows)
         signs = self._signs[:, places] * used[:, None]
         start = self._whole[:, places] * used[:, None]
-        path = self._dual(self._gram[places], signs.flatten(0, 1), costs, start.flatten(0, 1))
+        gram = self._gram if len(rows) == len(self._rows) else self._gram[places]
+        path = self._dual(gram, signs.flatten(0, 1), costs, start.flatten(0, 1))
         scores_of_folds = []
         for k, fold in enumerate(folds):
             across = self._gram.matrix[places[:, None], self._there(fold.outside)]
@@ -275,7 +276,7 @@ def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[ND
     if len(x) > max(x.shape[1], GRAM_ROWS):
         weights, gap = svm_primal.solve(rows, _signs(labels, classes), cost)
         return weights.numpy(), gap.numpy()
-    beta, gap = svm.solve(gram_of(x, rows.device), _signs(labels, classes), cost)
+    beta, gap = svm.solve(_gram(rows), _signs(labels, classes), cost)
     return torch.cat([beta @ rows, beta.sum(1, keepdim=True)], 1).numpy(), gap.numpy()
 
 
