@@ -95,6 +95,11 @@ def test_ties_go_to_the_smallest_c():
     assert few_shot(x, y, x, y, trials=2, c_grid=(10.0, 0.1, 1.0)).chosen_c == [0.1, 0.1]
 
 
+def test_a_value_of_c_given_twice_counts_once(data):
+    once, twice = (few_shot(*data, trials=2, c_grid=grid) for grid in ((1e-2, 1.0, 10.0), (1.0, 1e-2, 1.0, 10.0, 10.0)))
+    assert once == twice
+
+
 def test_a_class_smaller_than_the_folds_warns_and_works(data):
     x, y, test_x, test_y = data
     keep = np.r_[0:2, 12 : len(y)]

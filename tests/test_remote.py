@@ -105,6 +105,17 @@ def test_the_next_chunks_come_while_these_are_used(bucket, store_path, proxy):
     assert all((kept(url) / name).exists() for name in end)  # the last chunk, of rows that come twelve batches later
 
 
+def test_all_that_a_chunk_takes_comes_ahead(bucket, baked):
+    """Metadata and checksums, too: one after another they would be a wait for each array of each part."""
+    part = opened(bucket.put(baked, "together")).part(1)
+    part.ahead(list(part.teachers), 1, 0)
+    for future in part._files._asked.values():
+        future.result()
+    bucket.asked.clear()
+    part.view(1), part.shard(1, 0), [part.parts(name, 1, 0) for name in part.teachers]
+    assert bucket.asked == []
+
+
 def test_a_bound_on_what_is_kept(bucket, store_path, monkeypatch):
     url = bucket.put(store_path, "bound")
     monkeypatch.setattr(files._Kept, "limit", 4000)

@@ -72,6 +72,7 @@ def test_a_gram_matrix_of_all_rows_serves_every_draw():
     whole = solvers.gram_of_draws(x, int(some.sum()), 9, torch.device("cpu"))
     assert whole is not None
     assert solvers.gram_of_draws(x, int(some.sum()), 2, torch.device("cpu")) is None, "one each is less work"
+    assert solvers.gram_of_draws(x, len(x), 1, torch.device("cpu")) is None, "it would be one more"
     given = whole[torch.from_numpy(np.flatnonzero(some))]
     found = [solvers.Batched(x[some], y[some], 6, "cpu", gram).test([1e-2, 1.0], x) for gram in (given, None)]
     np.testing.assert_allclose(*found, atol=1e-4)

@@ -215,3 +215,21 @@ def test_a_path_is_quicker_than_its_steps(monkeypatch, shape, spared):
     assert along[1e-2] <= (1 - spared) * alone[1e-2], "the rows it outgrows"
     assert along[1e2] + along[1e3] < 0.75 * (alone[1e2] + alone[1e3]), "where it goes"
     assert sum(along.values()) <= (1 - spared) * sum(alone.values())
+
+
+def test_the_same_c_again_and_again():
+    gram, signs = ordinary(6, 10, 64)
+    first, *others = svm.solve_path(gram, signs, [10.0] * 4)
+    for other in others:
+        torch.testing.assert_close(other.beta, first.beta)
+
+
+def test_a_step_that_is_certified_but_further_off_is_not_taken():
+    gram, signs = ordinary(6, 10, 64)
+    best = svm.solve(gram, signs, 1.0).beta
+    further = best * 1.0002
+    gaps = [svm.duality_gap(gram.matrix, signs, 1.0, beta, beta @ gram.matrix) for beta in (best, further)]
+    assert ((gaps[0] < gaps[1]) & (gaps[1] <= svm.GAP)).all()
+    point = svm._Point.at(gram.matrix, signs, 1.0, best, best @ gram.matrix)
+    found = svm._line_search(gram.matrix, signs, 1.0, point, further, further @ gram.matrix)
+    assert (found.gap <= 1.001 * gaps[0]).all()

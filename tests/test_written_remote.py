@@ -25,6 +25,7 @@ from fastcon import remote
 from fastcon.data.manifest import ImageSet, index
 from fastcon.distill import parts as in_parts
 from fastcon.distill import precompute as computing
+from fastcon.distill import verify as verifying
 from fastcon.distill.loader import Loader
 from fastcon.distill.options import PrecomputeOptions
 from fastcon.distill.precompute import Teacher, precompute
@@ -461,6 +462,14 @@ def test_repair_there(bucket, proxy_folder, teachers, monkeypatch):
     there.rm("bucket/mended/part-00000/shards/view-000/chunk-00000.tar")
     there.rm("bucket/mended/part-00000/zarr.json")
     assert not all(check.passed for check in verify(url, None, 0, MACHINE))
+
+    def lost(*_, **__):
+        raise leases.Lost("another writes it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verifying, "_repair", lost)
+        with pytest.raises(leases.Lost):
+            verify(f"{url}/part-00001", None, 0, MACHINE, repair=True)
     computed, fill = [], computing.fill
     monkeypatch.setattr(computing, "fill", lambda *given, **named: computed.append(given[4]) or fill(*given, **named))
     assert all(check.passed for check in verify(url, None, 8, MACHINE, repair=True))

@@ -25,7 +25,6 @@ OVERLAYS = {
     "again": ("three", "again"),
     "codecs": ("codecs",),
     "eight": ("views", "eight"),
-    "longer": ("lite0", "longer"),
     "across": ("lite0", "five", "across"),
 }
 """Record → what is laid over headline.toml."""
