@@ -25,7 +25,7 @@ GAP = 1e-4
 """Relative duality gap that a solution must reach."""
 BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}
 """Entries of the systems solved at once: more fall out of a CPU's cache."""
-_GAP_AIM = 2e-6  # where the solver stops: predictions are those of 1e-9 then, and not quite at 1e-5
+_GAP_AIM = 2e-6  # where the solver stops: predictions are those of 1e-9 then but for one in thousands
 _STEPS = 100
 _ROUGH_STEPS = 12
 _ROUNDING = 1e-5  # relative, of an objective in float32

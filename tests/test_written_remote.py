@@ -205,13 +205,13 @@ def test_a_holder_that_was_thought_dead_writes_nothing_more(bucket, proxy, teach
 @pytest.mark.parametrize("bake", [None, 90])
 def test_a_writer_stops_once_its_lease_is_lost(bucket, proxy, teachers, bake, monkeypatch):
     url, taken, done, encode = f"s3://bucket/lost-{bake}", threading.Event(), [], baking.encode
+    deadline = time.monotonic() + 60
 
     def another_takes_it(*_):
         if not taken.is_set():
             taken.set()
             filesystem, key = fsspec.core.url_to_fs(url)
             filesystem.pipe_file(f"{key}/{mirror.LEASE}/7", b"process 1 on another (x, 0)\n")
-        deadline = time.monotonic() + 60
         while not list(cache_folder("writing").glob(f"store-*/{mirror.LOST}")) and time.monotonic() < deadline:
             time.sleep(0.02)
         done.append(1)
@@ -253,9 +253,14 @@ def test_a_lease_seen_to_be_lost_ends_a_round_at_once(store_path):
                 raise leases.Lost("lost")
 
     url = "memory://rounds/seen"
+    losing = mirror._Mirror(url, str(store_path), Seen())
     with pytest.raises(leases.Lost):
-        mirror._Mirror(url, str(store_path), Seen())._push()
+        losing._push()
     assert not objects(url)
+    fsspec.filesystem("memory").pipe("/rounds/seen/another's", b"x")
+    with pytest.raises(leases.Lost):
+        losing._remove("another's")
+    assert objects(url) == {"another's": b"x"}
 
 
 def test_two_that_try_at_once_and_what_cannot_be_read(bucket, monkeypatch):

@@ -82,7 +82,8 @@ class Lease:
 
         look: now; else what was seen last counts, which is as old as a sign of life at most.
         """
-        self._lost = self._lost or (look and (max(self._numbers(), default=0) != self._number or not self._mine()))
+        if look and (max(self._numbers(), default=0) != self._number or not self._mine()):
+            self._lost = True
         if self._lost:
             raise Lost(
                 f"{self._what} is written by another process by now, as this one gave no sign of life for {EXPIRY:g} s: "
@@ -157,7 +158,7 @@ class Lease:
     def _numbers(self) -> list[int]:
         self._filesystem.invalidate_cache()
         try:
-            names = self._filesystem.ls(self._key, detail=False)
+            names = self._filesystem.ls(self._key, detail=False, refresh=True)  # whatever another thread lists
         except FileNotFoundError:
             return []
         except Exception as error:

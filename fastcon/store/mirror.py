@@ -166,7 +166,9 @@ class _Mirror:
             try:
                 self._push()
             except Lost as lost:
-                with contextlib.suppress(OSError):  # where nothing can be written, its writer does not go on either
+                with contextlib.suppress(
+                    FastconError
+                ):  # where nothing can be written, its writer does not go on either
                     write_atomically(Path(self._folder, LOST), str(lost).encode())
                 return
             except Exception:  # the next round brings what failed, or the last one says why
@@ -216,6 +218,7 @@ class _Mirror:
             self._filesystem.put_file(os.path.join(self._folder, name), f"{self._key}/{name}")
 
     def _remove(self, name: str) -> None:
+        self._lease.check(look=False)
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(f"{self._key}/{name}")
 

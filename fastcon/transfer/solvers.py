@@ -24,7 +24,7 @@ from fastcon.errors import FastconError, optional_import
 from fastcon.kernels import svm, svm_primal
 
 TOGETHER = 1 << 24
-"""Coefficients, and entries of Gram matrices, of the folds that are solved together: some of each take 0.1 GB then."""
+"""Coefficients, and entries of Gram matrices, of the folds that are solved together: those of one C take 0.1 GB then."""
 GRAM_ROWS = 8192
 """Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
 
