@@ -519,6 +519,13 @@ def test_any_study_is_planned_or_refused_in_one_line(data, name, value):
     assert "\n" not in refusal.replace(str(value), "")
 
 
+def test_a_name_that_cannot_be_printed_is_quoted():
+    found = tomllib.loads(FULL)
+    found["models"]["a\nb"] = "shapes:d"
+    with pytest.raises(FastconError, match=r"^'a\\nb' of a study is a table, not 'shapes:d'$"):
+        plan.planned("study", found)
+
+
 def test_what_a_finished_command_is_reported_by(tmp_path):
     """Its result, not a note that came after it; of a failure the very last line, which is the error."""
     from fastcon.study.engine import _last_line

@@ -320,7 +320,7 @@ def table(parent: dict[str, Any], key: str) -> dict[str, Any]:
     """A table of a study; empty where there is none."""
     value = parent.get(key, {})
     if not isinstance(value, dict):
-        raise FastconError(f"{key} of a study is a table, not {value!r}")
+        raise FastconError(f"{key if key.isprintable() else repr(key)} of a study is a table, not {value!r}")
     return value
 
 
