@@ -125,7 +125,7 @@ def few_shot(
         fold = splits.fold_of(ids[rows], labels[rows], folds, seed, trial)
         gram = whole and whole[torch.from_numpy(rows).to(place)]
         fits = SOLVERS[solver](features[rows], labels[rows], classes, place, gram)
-        cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(set(c_grid)))
+        cost, scores = _trial(fits, labels[rows], test_features, fold, sorted(c_grid))
         right = _right(scores, test_labels)
         of_classes = right.mean(0) if several else _by_class(right, test_labels, classes)
         return _Trial(float(right.mean()), cost, of_classes, fits.gap)
