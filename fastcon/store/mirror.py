@@ -166,9 +166,7 @@ class _Mirror:
             try:
                 self._push()
             except Lost as lost:
-                with contextlib.suppress(
-                    FastconError
-                ):  # where nothing can be written, its writer does not go on either
+                with contextlib.suppress(FastconError):  # a full disk stops the writer, too
                     write_atomically(Path(self._folder, LOST), str(lost).encode())
                 return
             except Exception:  # the next round brings what failed, or the last one says why

@@ -112,13 +112,13 @@ def few_shot(
             stacklevel=2,
         )
 
-    mine = ranks.share(trials if shots is not None else 1)
     solver = "batched" if solver == "auto" else solver
+    count = trials if shots is not None else 1
 
     def drawn(trial: int) -> NDArray[np.intp]:
         return splits.draw(ids, labels, shots, seed, trial) if shots is not None else np.arange(len(labels))
 
-    whole = gram_of_draws(features, len(drawn(0)), trials if shots else 1, place) if solver == "batched" else None
+    whole = gram_of_draws(features, len(drawn(0)), count, place) if solver == "batched" else None
 
     def run(trial: int) -> _Trial:
         rows = drawn(trial)
@@ -130,6 +130,7 @@ def few_shot(
         of_classes = right.mean(0) if several else _by_class(right, test_labels, classes)
         return _Trial(float(right.mean()), cost, of_classes, fits.gap)
 
+    mine = ranks.share(count)
     on_cpu = solver == "sklearn" or (solver != "cuml" and place.type == "cpu")
     done: list[_Trial] = []
     for trial in _in_order(run, mine, on_cpu, threads, turns=ranks.count == 1):
