@@ -35,7 +35,7 @@ _SETTLED, _SCALE_STEPS = 1.05, 3
 _RANK = 16  # of the preconditioner
 _INNER_STEPS = 32
 _PER_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}  # coefficients of a block: a CPU's cache holds no more
-_SEARCH_STEPS = 8
+_SEARCH_STEPS, _SEARCH_STEPS_AT_MOST = 8, 40
 
 
 class Gram(NamedTuple):
@@ -64,6 +64,11 @@ class Gram(NamedTuple):
         """Of some of the rows [m]."""
         both = (part.index_select(0, rows).index_select(1, rows) for part in (self.matrix, self.rough))
         return Gram(*both, self.factor[rows])
+
+
+def float32_suffices(cost: float, norms: Tensor) -> bool:
+    """Whether the ridge outweighs float32's error, for a beginning at least. norms: of the rows, squared [n]."""
+    return 1 / (2 * cost) > 2e-5 * float(norms.mean())
 
 
 class Solution(NamedTuple):
@@ -196,7 +201,7 @@ def _approached(block: _Block, cost: float, start: _Start) -> tuple[_Point, Tens
     """Where Newton's method in float32 comes, in float64, and what to take for the support there."""
     gram, signs, support = block.gram, block.signs, start.support
     beta, scores = start.beta, start.scores
-    if 1 / (2 * cost) > 2e-5 * float(gram.matrix.diagonal().mean()):  # else float32's error outweighs the ridge
+    if float32_suffices(cost, gram.matrix.diagonal()):
         single = _Start(beta.float(), scores.float(), support)
         rough = _newton(gram, signs.float(), cost, single, _ROUGH_STEPS).beta.double()
         beta = torch.where(rough.isfinite().all(1, keepdim=True), rough, beta)
@@ -355,9 +360,6 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
     """Go to the target, which scores `goal`; where that is worse, to the best point on the way, as finite convergence needs.
 
     A certified target is not worse than what is further from its optimum, whatever rounding does to its objective.
-
-    The objective along the way is convex and piecewise quadratic: its slope's zero is found by Newton's method, within
-    the bounds that the slopes seen so far give.
     """
     reached = _Point.at(matrix, signs, cost, target, goal)
     nearer = (reached.gap <= GAP) & (reached.gap < point.gap)
@@ -369,16 +371,7 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
     along, across = target[worse] - b, goal[worse] - s
     failed = ~(along.isfinite() & across.isfinite()).all(1, keepdim=True)
     along, across = along.masked_fill(failed, 0), across.masked_fill(failed, 0)
-    start, curve = (along * s).sum(1), (along * across).sum(1)
-    margins = y * across
-    low, high = torch.zeros_like(start), torch.ones_like(start)
-    length = high
-    for _ in range(_SEARCH_STEPS):
-        slack = _slack(y, torch.addcmul(s, length[:, None], across))
-        slope = start + length * curve - 2 * cost * (margins * slack).sum(1)
-        low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
-        newton = length - slope / (curve + 2 * cost * (margins.square() * (slack > 0)).sum(1))
-        length = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    low, length = best_length(y, cost, s, across, (along * s).sum(1), (along * across).sum(1))
 
     def at(length: Tensor) -> _Point:
         beta, scores = (torch.addcmul(a, length[:, None], b) for a, b in ((b, along), (s, across)))
@@ -391,6 +384,29 @@ def _line_search(matrix: Tensor, signs: Tensor, cost: float, point: _Point, targ
     for part, values in zip(reached, found, strict=True):
         part[worse] = values
     return reached
+
+
+def best_length(
+    signs: Tensor, cost: float, scores: Tensor, across: Tensor, start: Tensor, curve: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far to go along a way that begins downhill, from 0 to 1, and a shorter length where it still falls [P] each.
+
+    scores: at its beginning, and across: what all of it adds [P, n]. start, curve: slope and curvature along it of half the
+    squared weights [P]. The objective is convex and piecewise quadratic: its slope's zero is found by Newton's method,
+    within the bounds that the slopes seen so far give.
+    """
+    margins = signs * across
+    low, high = torch.zeros_like(start), torch.ones_like(start)
+    length = high
+    for number in range(_SEARCH_STEPS_AT_MOST):
+        if number >= _SEARCH_STEPS and bool((low > 0).all()):
+            break  # all of them come down at least
+        slack = _slack(signs, torch.addcmul(scores, length[:, None], across))
+        slope = start + length * curve - 2 * cost * (margins * slack).sum(1)
+        low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
+        newton = length - slope / (curve + 2 * cost * (margins.square() * (slack > 0)).sum(1))
+        length = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    return low, length
 
 
 def _conjugate_steps(gram: Gram, ridge: float, support: Tensor, right: Tensor) -> Tensor:

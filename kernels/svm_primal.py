@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from fastcon.kernels import svm
 from fastcon.kernels.svm import BLOCK, GAP, NotConverged
 from torch import Tensor
 
-_STEPS, _STEPS_FLOAT32 = 100, 25
+_GAP_AIM = 2e-6  # where the solver stops, as `svm`'s
+_STEPS, _STEPS_FLOAT32 = 200, 25
 _RANK = 64  # of the preconditioner
 _INNER_STEPS = 400
-_LENGTHS = tuple(0.5**k for k in range(8))
+_FEW_STEPS = 16  # of conjugate gradients; a factor that costs no more is quicker
+_ROWS_TOGETHER = 1 << 14
+_ROUNDING = 1e-5  # relative, of an objective in float32
 
 
 class Primal(NamedTuple):
@@ -25,61 +31,172 @@ def solve(features: Tensor, signs: Tensor, cost: float, start: Tensor | None = N
     """Solve K one-vs-rest problems over the same rows.
 
     features: [n, d] float32 or float64 (a constant column is added inside for the intercept). signs: [K, n] of -1 and
-    +1. start: weights [K, d + 1] of a nearby C. The weights are float64 where float32 did not suffice. Memory beyond the
-    features: a few matrices [n, K] and [K, d + 1]. Raises NotConverged where a duality gap stays above 1e-4.
+    +1. start: weights [K, d + 1] of a problem nearby: of another C, or of most of the rows. Weights are float64 where
+    float32 did not suffice. Memory beyond the features: twice as much for them in float64, and a few matrices [n, K] and
+    [K, d + 1]. Raises NotConverged where a duality gap stays above 1e-4.
     """
-    n, d = features.shape
-    signs = signs.T.to(features.dtype)
-    weights = features.new_zeros(signs.shape[1], d + 1) if start is None else start.to(features.dtype, copy=True)
-    basis = _leading(features)
-    leading, norms = _scores(features, basis), features.square().sum(1) + 1
+    return solve_path(features, signs, [cost], start)[0]
+
+
+def solve_path(features: Tensor, signs: Tensor, costs: Sequence[float], start: Tensor | None = None) -> list[Primal]:
+    """The same for several C, each from the one before; they are quickest in rising order. start: of the first C."""
+    rows, signs = _Rows(features), signs.T
+    weights = features.new_zeros(signs.shape[1], features.shape[1] + 1) if start is None else start
+    path = []
+    for cost in costs:
+        suffices = svm.float32_suffices(cost, rows.norms)
+        solved = _newton(rows if suffices else rows.double, signs, cost, weights)
+        left = (~(solved.gap <= _GAP_AIM)).nonzero()[:, 0]
+        if len(left) and solved.weights.dtype == torch.float32:  # what is left is float32's own error
+            finished = _newton(rows.double, signs[:, left], cost, solved.weights[left])
+            gap = solved.gap.index_copy(0, left, finished.gap)
+            solved = Primal(solved.weights.double().index_copy(0, left, finished.weights), gap)
+        if not bool((solved.gap <= GAP).all()):
+            worst = int(solved.gap.argmax())
+            n, d = features.shape
+            raise NotConverged(
+                f"class {worst} at C = {cost:g} stopped at a relative duality gap of {solved.gap[worst]:.1e} "
+                f"(n = {n}, d = {d})"
+            )
+        path.append(solved)
+        weights = solved.weights
+    return path
+
+
+class _Rows:
+    """Features [n, d], and what is made of them once and where it is needed."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    @functools.cached_property
+    def double(self) -> _Rows:
+        """The same in float64."""
+        return self if self.features.dtype == torch.float64 else _Rows(self.features.double())
+
+    @functools.cached_property
+    def norms(self) -> Tensor:
+        """Squared, with the constant column [n]."""
+        return self.features.square().sum(1) + 1
+
+    @functools.cached_property
+    def leading(self) -> _Leading:
+        """What they have most in common."""
+        return _Leading.of(self)
+
+
+def _newton(rows: _Rows, signs: Tensor, cost: float, start: Tensor) -> Primal:
+    """Newton steps in the features' precision until every gap is small, float32 comes no nearer, or many are taken."""
+    features, single = rows.features, rows.features.dtype == torch.float32
+    signs, weights = signs.to(features.dtype), start.to(features.dtype, copy=True)
+    best = least = torch.full((len(weights),), torch.inf, dtype=torch.float64, device=weights.device)
+    result, problems = Primal(weights.clone(), best.clone()), torch.arange(len(weights), device=weights.device)
     scores = _scores(features, weights)
-    for _ in range(_STEPS if features.dtype == torch.float64 else _STEPS_FLOAT32):
+    for _ in range(_STEPS_FLOAT32 if single else _STEPS):
         slack = (1 - signs * scores).clamp_min(0)
         gradient = weights - 2 * cost * _back(features, signs * slack)
-        gap = _primal_gap(weights, gradient, slack, cost)
-        if bool((gap <= GAP / 2).all()):
-            return Primal(weights, gap)
-        support = (slack > 0).to(features.dtype)
-        inner = _inner(leading, support)
-        rest = (norms @ support - inner.diagonal(dim1=1, dim2=2).sum(1)).clamp_min(0) / (d + 1)
-        precondition = _Leading(basis, 2 * cost * inner, 1 + 2 * cost * rest)
-        step = _conjugate_gradients(features, support, cost, -gradient, precondition)
-        step_scores = _scores(features, step)
-        length = _best_length(weights, scores, step, step_scores, signs, cost)
-        weights, scores = weights + length[:, None] * step, scores + length * step_scores
-    if features.dtype == torch.float32:  # what is left is float32's own error: finish in float64
-        return solve(features.double(), signs.T, cost, weights)
-    worst = int(gap.argmax())
-    raise NotConverged(
-        f"class {worst} at C = {cost:g} stopped at a relative duality gap of {gap[worst]:.1e} (n = {n}, d = {d})"
-    )
+        primal, gap = _certified(weights, gradient, slack, cost)
+        result.weights[problems], result.gap[problems] = weights, gap
+        nearer = (gap < best / 2) | (primal < least * (1 - _ROUNDING))
+        still = (~(gap <= _GAP_AIM)).nonzero()[:, 0]  # also where it is not a number
+        if not len(still) or (single and not bool(nearer[still].any())):
+            break
+        if len(still) < len(problems):  # finished problems leave
+            problems, weights, gradient = (part[still] for part in (problems, weights, gradient))
+            signs, scores, slack = (part[:, still] for part in (signs, scores, slack))
+        best, least = torch.minimum(best, gap)[still], torch.minimum(least, primal)[still]
+        step = _step(rows, slack > 0, signs, cost, weights, gradient)
+        across = _scores(features, step)
+        length = _length(weights, scores, step, across, signs, cost)
+        weights, scores = weights + length[:, None] * step, scores + length * across
+    return result
 
 
-class _Leading:
-    """An approximate inverse of I + 2C X^T M X for each class: exact in the leading directions, uniform elsewhere."""
+def _step(rows: _Rows, support: Tensor, signs: Tensor, cost: float, weights: Tensor, gradient: Tensor) -> Tensor:
+    """Newton's direction of every class [K, d + 1]: by conjugate gradients, or by a factor where that is less work.
 
-    def __init__(self, basis: Tensor, inner: Tensor, rest: Tensor) -> None:
-        """basis: orthonormal [r, d + 1]. inner: 2C of its part of X^T M X [K, r, r]. rest: the others' mean [K]."""
+    How many of their steps will do is not known before: where a factor takes more than a few it is left until they have
+    taken as long, so that both together take at most twice the better one's time.
+    """
+    features, (n, d) = rows.features, rows.features.shape
+    count = support.sum(0).double()
+    side = count.clamp_max(d)
+    work = side * (
+        2 * d * count + side.square() / 3
+    )  # of a factor; a step's is 4 n d, and takes half as long in float32
+    steps = work / (2 * n * d)
+    factored = steps <= _FEW_STEPS
+    step = torch.zeros_like(weights)
+    some = (~factored).nonzero()[:, 0]
+    if len(some):
+        mask, most = support[:, some].to(features.dtype), min(_INNER_STEPS, int(steps[some].max()))
+        inverse = rows.leading.inverse(mask, cost)
+        step[some], done = _conjugate_gradients(features, mask, cost, -gradient[some], inverse, most)
+        factored[some] = ~done & (steps[some] < _INNER_STEPS)
+    for k in factored.nonzero()[:, 0].tolist():
+        these = support[:, k].nonzero()[:, 0]
+        if len(these) > d:
+            step[k] = -_through_hessian(features, these, cost, gradient[k].double()).to(features.dtype)
+        else:
+            target = _through_gram(features[these].double(), signs[these, k].double(), cost)
+            step[k] = target.to(features.dtype) - weights[k]
+    return step
+
+
+def _through_gram(support: Tensor, signs: Tensor, cost: float) -> Tensor:
+    """The optimum [d + 1] if these rows [s, d] are the support: X^T (X X^T + I / 2C)^-1 y."""
+    gram = support @ support.T + 1
+    gram.diagonal().add_(1 / (2 * cost))
+    beta = torch.cholesky_solve(signs[:, None], torch.linalg.cholesky_ex(gram)[0])[:, 0]
+    return torch.cat([beta @ support, beta.sum()[None]])
+
+
+def _through_hessian(features: Tensor, support: Tensor, cost: float, right: Tensor) -> Tensor:
+    """(I + 2C X^T X)^-1 right [d + 1], of the rows whose numbers are given, by blocks of them."""
+    hessian = torch.eye(len(right), dtype=right.dtype, device=right.device)
+    for some in support.split(_ROWS_TOGETHER):
+        block = features[some].double()
+        block = torch.cat([block, block.new_ones(len(block), 1)], 1)
+        hessian.addmm_(block.T, block, alpha=2 * cost)
+    return torch.cholesky_solve(right[:, None], torch.linalg.cholesky_ex(hessian)[0])[:, 0]
+
+
+class _Leading(NamedTuple):
+    """What rows, with the constant column, have most in common, and what that says of each of them."""
+
+    basis: Tensor
+    """Orthonormal [r, d + 1]."""
+    rows: Tensor
+    """In this basis [n, r]."""
+    norms: Tensor
+    """Squared, of the whole rows [n]."""
+
+    @classmethod
+    def of(cls, rows: _Rows) -> _Leading:
+        """By Halko et al.'s iteration on a random subspace."""
+        generator, features = torch.Generator().manual_seed(0), rows.features
+        width = features.shape[1] + 1
+        basis = torch.randn(min(_RANK, width), width, generator=generator).to(features)
+        for _ in range(3):
+            basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
+        return cls(basis, _scores(features, basis), rows.norms)
+
+    def inverse(self, support: Tensor, cost: float) -> Callable[[Tensor], Tensor]:
+        """Of I + 2C X^T M X of each class, nearly: exact in the basis, uniform elsewhere. support: M [n, K]."""
+        inner = _inner(self.rows, support)
         diagonal = inner.diagonal(dim1=1, dim2=2)
+        others = (self.norms @ support - diagonal.sum(1)).clamp_min(0) / self.basis.shape[1]
+        rest = (1 + 2 * cost * others)[:, None]
+        inner.mul_(2 * cost)
         diagonal.add_(1 + 1e-6 * diagonal.sum(1, keepdim=True))  # makes up for rounding, so that the factor exists
-        self._basis, self._rest = basis, rest[:, None]
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(inner)[0])
 
-    def __call__(self, right: Tensor) -> Tensor:
-        inside = right @ self._basis.T
-        solved = torch.bmm(self._inverse, inside[..., None])[..., 0]
-        return right / self._rest + (solved - inside / self._rest) @ self._basis
+        def apply(right: Tensor) -> Tensor:
+            inside = right @ self.basis.T
+            solved = torch.bmm(inverse, inside[..., None])[..., 0]
+            return right / rest + (solved - inside / rest) @ self.basis
 
-
-def _leading(features: Tensor) -> Tensor:
-    """An orthonormal basis [r, d + 1] of what rows, with the constant column, have most in common."""
-    generator = torch.Generator().manual_seed(0)
-    width = features.shape[1] + 1
-    basis = torch.randn(min(_RANK, width), width, generator=generator).to(features)
-    for _ in range(3):
-        basis = torch.linalg.qr(_back(features, _scores(features, basis)).T)[0].T
-    return basis
+        return apply
 
 
 def _inner(rows: Tensor, support: Tensor) -> Tensor:
@@ -103,27 +220,29 @@ def _back(features: Tensor, values: Tensor) -> Tensor:
     return torch.cat([values.T @ features, values.sum(0)[:, None]], 1)
 
 
-def _primal_gap(weights: Tensor, gradient: Tensor, slack: Tensor, cost: float) -> Tensor:
-    """Relative duality gap [K], the dual at alpha = 2C slack, whose weights are w - gradient."""
+def _certified(weights: Tensor, gradient: Tensor, slack: Tensor, cost: float) -> tuple[Tensor, Tensor]:
+    """The objective and the relative duality gap [K], the dual at alpha = 2C slack, whose weights are w - gradient."""
     squares = slack.double().square().sum(0)
     primal = 0.5 * weights.double().square().sum(1) + cost * squares
     implied = (weights - gradient).double().square().sum(1)
     dual = 2 * cost * slack.double().sum(0) - 0.5 * implied - cost * squares
-    return (primal - dual) / primal
+    return primal, (primal - dual) / primal
 
 
 def _conjugate_gradients(
-    features: Tensor, support: Tensor, cost: float, right: Tensor, precondition: _Leading
-) -> Tensor:
+    features: Tensor, support: Tensor, cost: float, right: Tensor, precondition: Callable[[Tensor], Tensor], steps: int
+) -> tuple[Tensor, Tensor]:
     """Newton's direction of every class: (I + 2C X^T M X) s = right, to a thousandth of the gradient's norm, in float64 to a millionth.
 
-    Looser, and with a large C it stalls: the part of the residual that is left outweighs what the step gains."""
+    Looser, and with a large C it stalls: the part of the residual that is left outweighs what the step gains. Also
+    returns which classes came so far [K].
+    """
     solution = torch.zeros_like(right)
     residual = right.clone()
     direction = precondition(residual)
     product = (residual * direction).sum(1)
     target = (1e-6 if right.dtype == torch.float32 else 1e-12) * product
-    for _ in range(_INNER_STEPS):
+    for _ in range(steps):
         image = direction + 2 * cost * _back(features, support * _scores(features, direction))
         curvature = (direction * image).sum(1)
         length = torch.where((product > target) & (curvature > 0), product / curvature, 0)  # 0: done, or rounding
@@ -135,22 +254,21 @@ def _conjugate_gradients(
         renewed = (residual * scaled).sum(1)
         direction = scaled + torch.where(length > 0, renewed / product, 0)[:, None] * direction
         product = torch.where(length > 0, renewed, 0)
-    return solution
+    return solution, ~(product > target)
 
 
-def _best_length(
-    weights: Tensor, scores: Tensor, step: Tensor, step_scores: Tensor, signs: Tensor, cost: float
-) -> Tensor:
-    """How far to go along each class's step: the best of the full one and its halvings, or not at all."""
-    best = torch.zeros(len(weights), dtype=weights.dtype, device=weights.device)
-    value = _primal(weights, scores, signs, cost)
-    for t in _LENGTHS:
-        tried = _primal(weights + t * step, scores + t * step_scores, signs, cost)
-        best = torch.where(tried < value, t, best)
-        value = torch.minimum(tried, value)
-        if bool((best > 0).all()):
-            break
-    return best
+def _length(weights: Tensor, scores: Tensor, step: Tensor, across: Tensor, signs: Tensor, cost: float) -> Tensor:
+    """How far to go along each class's step: all of it, the best length where that is worse, or not at all [K]."""
+    start = _primal(weights, scores, signs, cost)
+    length = (_primal(weights + step, scores + across, signs, cost) <= start).to(weights.dtype)
+    worse = (length == 0).nonzero()[:, 0]
+    if len(worse):
+        w, s, (y, x, a) = weights[worse], step[worse], (part[:, worse].T for part in (signs, scores, across))
+        low, best = svm.best_length(y, cost, x, a, (w * s).sum(1), (s * s).sum(1))
+        for tried in (low, best):
+            less = _primal(w + tried[:, None] * s, (x + tried[:, None] * a).T, y.T, cost) <= start[worse]
+            length[worse] = torch.where(less, tried, length[worse])
+    return length
 
 
 def _primal(weights: Tensor, scores: Tensor, signs: Tensor, cost: float) -> Tensor:

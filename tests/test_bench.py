@@ -13,7 +13,7 @@ from fastcon.kernels import svm
 from fastcon.kernels.multihead_ce import multihead_cross_entropy
 
 from fastcon import bench
-from fastcon.bench import fixtures, growth, kernel, loader, probe, store, train
+from fastcon.bench import fixtures, growth, kernel, loader, probe, probe_full, store, train
 from fastcon.data.manifest import index
 from fastcon.distill import loss as objective
 from fastcon.distill.loader import Loader
@@ -40,6 +40,21 @@ def test_rows_of_the_probe_benchmark(monkeypatch):
         assert row["accuracy_of_fits"] == pytest.approx(row["accuracy_of_fits_sklearn"], abs=0.15)
 
 
+def test_rows_of_the_full_probe_benchmark():
+    said: list[str] = []
+    [row] = probe_full.bench(said.append, torch.device("cpu"), 4, 30, 20, test_images=20, fitted=2)
+    assert row["name"] == "probe_full"
+    assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+    assert row["case"] == "120 rows x 20 features x 4 classes, 7 C, 5 folds"
+    assert row["theirs_is"] == "extrapolated from 14 of 144 fits"
+    assert row["chosen_c"] in probe_full.C_GRID
+    assert row["largest_duality_gap"] <= 1e-4
+    assert 100 < row["megabytes"] < 10_000
+    assert -1e-4 <= row["objective_excess"] < 1
+    assert 0.25 <= row["accuracy"] <= 1
+    assert len(said) == 1 + len(probe_full.C_GRID)
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_an_objective_is_what_the_kernel_says(classes):
     random = np.random.default_rng(0)
@@ -49,7 +64,7 @@ def test_an_objective_is_what_the_kernel_says(classes):
     gram = svm.Gram.of(torch.from_numpy(x @ x.T + 1))
     beta, _ = svm.solve(gram, signs, 0.3)
     best = svm.objective(signs, 0.3, beta, beta @ gram.matrix).sum().item()
-    assert probe._objective(model, x, y, 0.3) == pytest.approx(best, rel=1e-6)
+    assert probe.objective(model, x, y, 0.3) == pytest.approx(best, rel=1e-6)
 
 
 def test_agreement_with_scikit_learn_is_measured():

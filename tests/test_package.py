@@ -43,7 +43,7 @@ def imported(path: Path) -> set[str]:
         ("fsspec", {"remote"}),
         ("nvidia", {"data/decode"}),
         ("triton", {"multihead_ce_triton"}),
-        ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe", "distill/relate"}),
+        ("sklearn", {"transfer/solvers", "data/rendered", "bench/probe", "bench/probe_full", "distill/relate"}),
         ("tarfile", {"data/sources", "data/datasets", "store/bake", "bench/growth"}),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from fastcon.kernels import svm, svm_primal
 from sklearn.svm import LinearSVC
 
 from fastcon.bench.probe import features_like_resnets
+
+COSTS = [10.0**k for k in range(-3, 4)]
 
 
 def problem(classes=8, shots=5, width=64, seed=0, spread=0.6):
@@ -146,6 +150,71 @@ def test_the_primal_reaches_the_same_optimum(shape, dtype):
         assert ((ours - best) / best).max() < 1e-3
 
 
+def counted(monkeypatch, module, *names):
+    """How often each of these functions is called from now on."""
+    calls = dict.fromkeys(names, 0)
+
+    def counting(name, real):
+        def call(*given):
+            calls[name] += 1
+            return real(*given)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("few", [math.inf, -1], ids=["factors", "conjugate gradients first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_way_of_the_primal_leads_to_the_optimum(monkeypatch, few, dtype):
+    """A factor of the Hessian or, where the support is smaller than the features are, of its Gram matrix; or none."""
+    x, y = features_like_resnets(6, 60, 100)
+    signs = torch.from_numpy(np.where(y == np.arange(6)[:, None], 1.0, -1.0))
+    x = x.astype(np.float64)
+    calls = counted(monkeypatch, svm_primal, "_through_gram", "_through_hessian", "_conjugate_gradients")
+    monkeypatch.setattr(svm_primal, "_FEW_STEPS", few)
+    monkeypatch.setattr(svm_primal, "_ROWS_TOGETHER", 50)
+    path = svm_primal.solve_path(torch.from_numpy(x).to(dtype), signs, COSTS)
+    theirs = svm.solve_path(svm.Gram.of(torch.from_numpy(x @ x.T + 1)), signs, COSTS)
+    for (weights, gap), (beta, _) in zip(path, theirs, strict=True):
+        assert (gap <= 2e-6).all()
+        expected = torch.cat([beta @ torch.from_numpy(x), beta.sum(1, keepdim=True)], 1)
+        assert (weights - expected).norm() < 2e-3 * expected.norm()
+    assert calls["_through_gram"] > 0
+    if few > 0:
+        assert calls["_through_hessian"] > 0
+    assert (calls["_conjugate_gradients"] > 0) == (few < 0)
+
+
+def test_the_primal_takes_what_is_less_work(monkeypatch):
+    """Many rows and a small C: a few steps with the whole rows; a large C: a factor of the few rows in the support."""
+    x, y = features_like_resnets(12, 100, 400)
+    signs = torch.from_numpy(np.where(y == np.arange(12)[:, None], 1.0, -1.0))
+    calls = counted(monkeypatch, svm_primal, "_through_gram", "_through_hessian", "_conjugate_gradients")
+    first = svm_primal.solve(torch.from_numpy(x), signs, 1e-4)
+    assert calls["_conjugate_gradients"] > 0
+    assert calls["_through_gram"] + calls["_through_hessian"] == 0
+    calls["_conjugate_gradients"] = 0
+    svm_primal.solve_path(
+        torch.from_numpy(x),
+        signs,
+        [10.0, 100.0],
+        svm_primal.solve(torch.from_numpy(x), signs, 1.0, first.weights).weights,
+    )
+    assert calls["_through_gram"] > 0
+
+
+@pytest.mark.parametrize("shape", [(100, 100, 64), (40, 250, 32)])
+def test_a_long_way_in_the_wrong_direction(shape):
+    """Many classes of few features: full steps violate rows by the hundred, and the best length is a thousandth."""
+    x, y = features_like_resnets(*shape)
+    signs = torch.from_numpy(np.where(y == np.arange(shape[0])[:, None], 1.0, -1.0))
+    for _, gap in svm_primal.solve_path(torch.from_numpy(x), signs, COSTS):
+        assert (gap <= 2e-6).all()
+
+
 def test_blocks_of_problems_do_not_show(monkeypatch):
     _, _, gram, signs = problem()
     whole = svm.solve(gram, signs, 1.0).beta
@@ -185,9 +254,6 @@ def ordinary(classes, images, width, seed=0):
     x, y = features_like_resnets(classes, images, width, seed)
     rows, signs = torch.from_numpy(x).double(), np.where(y == np.arange(classes)[:, None], 1.0, -1.0)
     return svm.Gram.of(rows @ rows.T + 1), torch.from_numpy(signs)
-
-
-COSTS = [10.0**k for k in range(-3, 4)]
 
 
 @pytest.mark.parametrize(("shape", "seed"), [((3, 100, 8), 0), ((4, 300, 16), 1), ((6, 200, 24), 0)])

@@ -121,7 +121,7 @@ def _same_fits(x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, say: Sa
         seconds = time.perf_counter() - started
         total += seconds
         ours = LinearSVM(cost).fit(rows, labels)
-        best, reached = (_objective(model, rows, labels, cost) for model in (ours, theirs))
+        best, reached = (objective(model, rows, labels, cost) for model in (ours, theirs))
         excess = max(excess, reached / best - 1)
         accuracies.append([(model.predict(test_x) == test_y).mean() for model in (ours, theirs)])
         say(f"  LinearSVC(C={cost:g}): {seconds:.2f} s, objective {reached / best - 1:+.1e} above ours")
@@ -134,7 +134,7 @@ def _same_fits(x: NDArray, y: NDArray, test_x: NDArray, test_y: NDArray, say: Sa
     }
 
 
-def _objective(model: Any, rows: NDArray, labels: NDArray, cost: float) -> float:
+def objective(model: Any, rows: NDArray, labels: NDArray, cost: float) -> float:
     """The objective of a fitted model, summed over its one-vs-rest problems, with the intercept penalised."""
     scores = np.asarray(model.decision_function(rows), dtype=np.float64).reshape(len(rows), -1)
     signs = np.where(labels[:, None] == model.classes_[-scores.shape[1] :], 1.0, -1.0)
@@ -184,7 +184,7 @@ def _objectives(x: NDArray, y: NDArray, library: str, count: int) -> Iterator[tu
         cost = float(random.choice(C_GRID))
         exact = LinearSVC(C=cost, dual=True, tol=1e-8, max_iter=1_000_000)
         theirs = (exact if library == "sklearn" else cuml_model(cost)).fit(rows, signs)
-        yield _objective(LinearSVM(cost).fit(rows, signs), rows, signs, cost), _objective(theirs, rows, signs, cost)
+        yield objective(LinearSVM(cost).fit(rows, signs), rows, signs, cost), objective(theirs, rows, signs, cost)
 
 
 def _row(name: str, ours: float, theirs: float, unit: str, n: int, device: torch.device) -> Row:

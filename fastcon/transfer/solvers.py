@@ -25,8 +25,8 @@ from fastcon.kernels import svm, svm_primal
 
 TOGETHER = 1 << 24
 """Coefficients, and entries of Gram matrices, of the folds that are solved together: those of one C take 0.1 GB then."""
-GRAM_ROWS = 8192
-"""Up to here the Gram matrix (0.8 GB then) is used even for fewer features: it is quicker and solves any C exactly."""
+GRAM_ROWS, GRAM_RATIO = 8192, 4
+"""Up to so many rows (0.8 GB then), and as many times the features, the Gram matrix is quicker than the primal."""
 
 Scores = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -55,9 +55,13 @@ class Solver(Protocol):
 def gram_of_draws(features: NDArray, rows: int, draws: int, device: torch.device) -> svm.Gram | None:
     """The Gram matrix of all features [n, D], if that is less work than one for each draw of some rows; else None."""
     n = len(features)
-    if draws < 2 or n > GRAM_ROWS or n**2 > draws * rows**2:
+    if draws < 2 or n > GRAM_ROWS or n**2 > draws * rows**2 or not _over_gram(rows, features.shape[1]):
         return None
     return _gram(_tensor(features, np.float64).to(device))
+
+
+def _over_gram(rows: int, features: int) -> bool:
+    return rows <= max(features, min(GRAM_ROWS, GRAM_RATIO * features))
 
 
 def _gram(rows: torch.Tensor) -> svm.Gram:
@@ -66,7 +70,7 @@ def _gram(rows: torch.Tensor) -> svm.Gram:
 
 
 class Batched:
-    """The certified solver: over the Gram matrix where rows are no more than features or 8,192, else in the primal."""
+    """The certified solver: over the Gram matrix, or in the primal where rows are many times the features."""
 
     def __init__(
         self,
@@ -81,16 +85,17 @@ class Batched:
         self._signs = _signs(labels, classes).to(self._device)
         self.gap: float | None = 0.0
         self._whole: torch.Tensor | None = None
-        dual = gram is not None or len(train) <= max(train.shape[1], GRAM_ROWS)
+        dual = gram is not None or _over_gram(*train.shape)
         self._rows = _tensor(train, np.float64 if dual else np.float32).to(self._device)
         self._gram = (gram or _gram(self._rows)) if dual else None
 
     def held_out(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
         """See Solver. Raises FastconError where an optimum is not reached."""
         if self._gram is None:
+            self._whole = self._primal(self._rows, self._signs, costs[:1], None)[0]  # the folds' solutions are near it
             return [self._held_out_primal(fold, costs) for fold in folds]
         together = max(1, TOGETHER // (len(self._rows) * max(len(self._rows), self._classes)))
-        self._whole = self._dual(self._gram, self._signs, costs[:1], None)[0]  # the folds' solutions are near it
+        self._whole = self._dual(self._gram, self._signs, costs[:1], None)[0]
         scores: list[list[Scores]] = []
         for at in range(0, len(folds), together):
             scores += self._held_out_dual(folds[at : at + together], costs)
@@ -99,7 +104,7 @@ class Batched:
     def _held_out_primal(self, fold: Fold, costs: list[float]) -> list[Scores]:
         rows, labels = self._rows[self._there(fold.outside)], self._labels[fold.inside]
         inside = self._there(fold.inside)
-        path = self._primal(self._rows[inside], self._signs[:, inside], costs)
+        path = self._primal(self._rows[inside], self._signs[:, inside], costs, self._whole)
         return [_decided(_linear(weights.to(rows.dtype), rows).cpu().numpy(), labels) for weights in path]
 
     def _held_out_dual(self, folds: list[Fold], costs: list[float]) -> list[list[Scores]]:
@@ -123,7 +128,7 @@ class Batched:
     def test(self, costs: list[float], rows: NDArray) -> Scores:
         """See Solver. Raises FastconError where an optimum is not reached."""
         if self._gram is None:
-            weights = self._primal(self._rows, self._signs, costs)[-1]
+            weights = self._primal(self._rows, self._signs, costs, self._whole)[-1]
         else:
             beta = self._dual(self._gram, self._signs, costs, self._whole)[-1]
             weights = torch.cat([beta @ self._rows, beta.sum(1, keepdim=True)], 1)
@@ -142,14 +147,14 @@ class Batched:
             self._saw(gap)
         return [beta for beta, _ in path]
 
-    def _primal(self, rows: torch.Tensor, signs: torch.Tensor, costs: list[float]) -> list[torch.Tensor]:
-        path: list[torch.Tensor] = []
-        for cost in costs:
-            with _reached():
-                weights, gap = svm_primal.solve(rows, signs, cost, path[-1] if path else None)
-            path.append(weights)
+    def _primal(
+        self, rows: torch.Tensor, signs: torch.Tensor, costs: list[float], start: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        with _reached():
+            path = svm_primal.solve_path(rows, signs, costs, start)
+        for _, gap in path:
             self._saw(gap)
-        return path
+        return [weights for weights, _ in path]
 
     def _saw(self, gap: torch.Tensor) -> None:
         self.gap = max(self.gap or 0.0, float(gap.max()))
@@ -273,7 +278,7 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
 def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[NDArray, NDArray]:
     """Weights [K, d + 1] and duality gaps [K]."""
     rows = _tensor(x, np.float64)
-    if len(x) > max(x.shape[1], GRAM_ROWS):
+    if not _over_gram(*x.shape):
         weights, gap = svm_primal.solve(rows, _signs(labels, classes), cost)
         return weights.numpy(), gap.numpy()
     beta, gap = svm.solve(_gram(rows), _signs(labels, classes), cost)
