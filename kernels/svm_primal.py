@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ _RANK = 64  # of the preconditioner
 _INNER_STEPS = 400
 _FEW_STEPS = 16  # of conjugate gradients; a factor that costs no more is quicker
 _ROWS_TOGETHER = 1 << 14
+_EASY = 100  # 2C times a row's squared norm: to here any start will do
 _ROUNDING = 1e-5  # relative, of an objective in float32
 
 
@@ -31,7 +33,7 @@ def solve(features: Tensor, signs: Tensor, cost: float, start: Tensor | None = N
     """Solve K one-vs-rest problems over the same rows.
 
     features: [n, d] float32 or float64 (a constant column is added inside for the intercept). signs: [K, n] of -1 and
-    +1. start: weights [K, d + 1] of a problem nearby: of another C, or of most of the rows. Weights are float64 where
+    +1. start: weights [K, d + 1] of a problem nearby, as of most of the rows. Weights are float64 where
     float32 did not suffice. Memory beyond the features: twice as much for them in float64, and a few matrices [n, K] and
     [K, d + 1]. Raises NotConverged where a duality gap stays above 1e-4.
     """
@@ -39,11 +41,15 @@ def solve(features: Tensor, signs: Tensor, cost: float, start: Tensor | None = N
 
 
 def solve_path(features: Tensor, signs: Tensor, costs: Sequence[float], start: Tensor | None = None) -> list[Primal]:
-    """The same for several C, each from the one before; they are quickest in rising order. start: of the first C."""
+    """The same for several C, each from the one before; they are quickest in rising order. start: of the first C.
+
+    A large C is come to from smaller ones, as its optimum is far from any start but theirs.
+    """
     rows, signs = _Rows(features), signs.T
     weights = features.new_zeros(signs.shape[1], features.shape[1] + 1) if start is None else start
+    steps = max(0, math.ceil(math.log10(2 * costs[0] * float(rows.norms.mean()) / _EASY)))
     path = []
-    for cost in costs:
+    for cost in [*(costs[0] / 10**k for k in range(steps, 0, -1)), *costs]:
         suffices = svm.float32_suffices(cost, rows.norms)
         solved = _newton(rows if suffices else rows.double, signs, cost, weights)
         left = (~(solved.gap <= _GAP_AIM)).nonzero()[:, 0]
@@ -60,7 +66,7 @@ def solve_path(features: Tensor, signs: Tensor, costs: Sequence[float], start: T
             )
         path.append(solved)
         weights = solved.weights
-    return path
+    return path[steps:]
 
 
 class _Rows:

@@ -113,6 +113,11 @@ def test_an_optimum_out_of_reach_is_an_error():
         solvers.Batched(x.astype(np.float64) * 1e9, y, 6).test([1e6], x)
 
 
+def test_which_rows_go_to_the_gram_matrix():
+    over = [(2048, 512), (2049, 512), (8192, 2048), (8193, 2048), (16_000, 16_000), (16_000, 15_999)]
+    assert [solvers._over_gram(*shape) for shape in over] == [True, False] * 3
+
+
 def test_many_rows_go_to_the_primal_and_agree(monkeypatch):
     x, y = clusters(images=60)
     rows, _ = clusters(images=30, seed=1)

@@ -256,9 +256,10 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
             raise ValueError(f"a classifier needs at least 2 classes, y holds one class: {self.classes_[0]!r}")
         if not self.C > 0:
             raise ValueError(f"C must be above 0, got {self.C!r}")
-        weights, gap = _weights(X, labels, len(self.classes_), float(self.C))
-        if len(self.classes_) == 2:  # the two problems mirror each other
-            weights, gap = weights[1:], gap[1:]
+        signs = _signs(labels, len(self.classes_))
+        weights, gap = _weights(
+            X, signs[1:] if len(signs) == 2 else signs, float(self.C)
+        )  # of two, each mirrors the other
         self.coef_, self.intercept_, self.duality_gap_ = weights[:, :-1], weights[:, -1], gap
         return self
 
@@ -275,13 +276,13 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)]
 
 
-def _weights(x: NDArray, labels: NDArray, classes: int, cost: float) -> tuple[NDArray, NDArray]:
-    """Weights [K, d + 1] and duality gaps [K]."""
+def _weights(x: NDArray, signs: torch.Tensor, cost: float) -> tuple[NDArray, NDArray]:
+    """Weights [K, d + 1] and duality gaps [K] of the problems that signs [K, n] say."""
     rows = _tensor(x, np.float64)
     if not _over_gram(*x.shape):
-        weights, gap = svm_primal.solve(rows, _signs(labels, classes), cost)
+        weights, gap = svm_primal.solve(rows, signs, cost)
         return weights.numpy(), gap.numpy()
-    beta, gap = svm.solve(_gram(rows), _signs(labels, classes), cost)
+    beta, gap = svm.solve(_gram(rows), signs, cost)
     return torch.cat([beta @ rows, beta.sum(1, keepdim=True)], 1).numpy(), gap.numpy()
 
 
