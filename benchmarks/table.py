@@ -23,7 +23,7 @@ ROWS = [  # name of the row, what it says, target on 2 cores, target on a GPU
     ("loss_vs_compile", "fused loss against torch.compile", None, 1.5),
     ("loss_bandwidth", "fused loss, share of the bandwidth of a copy", None, 0.85),
     ("probe_vs_sklearn", "few-shot probes against GridSearchCV(LinearSVC)", 30.0, None),
-    ("probe_full", "probe on all of 16,000 images against LinearSVC(dual=False)", None, None),
+    ("probe_full", "full-size probe against LinearSVC(dual=False)", None, None),
 ]
 
 

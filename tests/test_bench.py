@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastcon.kernels import svm
 from fastcon.kernels.multihead_ce import multihead_cross_entropy
 
 from fastcon import bench
-from fastcon.bench import fixtures, growth, kernel, loader, probe, probe_full, store, train
+from fastcon.bench import fixtures, growth, kernel, loader, probe, probe_full, start, store, train
 from fastcon.data.manifest import index
 from fastcon.distill import loss as objective
 from fastcon.distill.loader import Loader
@@ -53,6 +54,15 @@ def test_rows_of_the_full_probe_benchmark():
     assert -1e-4 <= row["objective_excess"] < 1
     assert 0.25 <= row["accuracy"] <= 1
     assert len(said) == 1 + len(probe_full.C_GRID)
+
+
+def test_rows_of_the_start_benchmark(monkeypatch):
+    real, ran = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **given: (ran.append(command), real(command, **given))[1])
+    rows = start.bench(lambda line: None, torch.device("cpu"), rounds=1)
+    check(rows, ["start_info", "start_train"])
+    assert [row["case"] for row in rows] == ["info STORE", "one step of 32 images and the end of the run"]
+    assert len(ran) == 8, "ours and theirs, once to warm up and once to be timed"
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -386,7 +386,7 @@ def test_a_store_in_bytes_with_baked_views_from_the_command_line(tmp_path, proxy
         (["bench", "kernel", "--images", "x"], "--images is for loader, train, probe, not for bench kernel"),
         (
             ["bench", "store", "--device", "cpu"],
-            "--device is for kernel, loader, train, probe, probe_full, not for bench store",
+            "--device is for kernel, loader, train, probe, probe_full, start, not for bench store",
         ),
         (["precompute", "x", "--store", "s", "--views", "1", "--teacher", "a=b", "--bake-quality", "9"], "give --bake"),
     ],

@@ -47,7 +47,7 @@ TAKES = {
     "images": ("loader", "train", "probe"),
     "backbone": ("probe",),
     "store": ("store",),
-    "device": ("kernel", "loader", "train", "probe", "probe_full"),
+    "device": ("kernel", "loader", "train", "probe", "probe_full", "start"),
 }
 """The benchmarks that take an option."""
 

@@ -136,7 +136,9 @@ def relate(store: str, rows: int, json_file: str | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["kernel", "store", "loader", "train", "probe", "probe_full", "growth"]))
+@click.argument(
+    "what", type=click.Choice(["kernel", "store", "loader", "train", "probe", "probe_full", "growth", "start"])
+)
 @click.option(
     "--images",
     multiple=True,
