@@ -73,6 +73,7 @@ def test_a_gram_matrix_of_all_rows_serves_every_draw():
     assert whole is not None
     assert solvers.gram_of_draws(x, int(some.sum()), 2, torch.device("cpu")) is None, "one each is less work"
     assert solvers.gram_of_draws(x, len(x), 1, torch.device("cpu")) is None, "it would be one more"
+    assert solvers.gram_of_draws(x[:, :4], int(some.sum()), 9, torch.device("cpu")) is None, "the primal is"
     given = whole[torch.from_numpy(np.flatnonzero(some))]
     found = [solvers.Batched(x[some], y[some], 6, "cpu", gram).test([1e-2, 1.0], x) for gram in (given, None)]
     np.testing.assert_allclose(*found, atol=1e-4)

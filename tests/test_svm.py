@@ -188,6 +188,19 @@ def test_every_way_of_the_primal_leads_to_the_optimum(monkeypatch, few, dtype):
     assert (calls["_conjugate_gradients"] > 0) == (few < 0)
 
 
+@pytest.mark.parametrize("together", [7, 100])
+def test_the_factors_are_of_the_supports_systems(monkeypatch, together):
+    monkeypatch.setattr(svm_primal, "_ROWS_TOGETHER", together)
+    random, cost = rng(), 0.3
+    x, signs, right = (torch.from_numpy(random.normal(size=shape)) for shape in ((40, 6), 40, 7))
+    some = torch.arange(0, 40, 2)
+    rows = torch.cat([x, torch.ones(40, 1, dtype=x.dtype)], 1)[some]
+    hessian = torch.eye(7, dtype=x.dtype) + 2 * cost * rows.T @ rows
+    torch.testing.assert_close(hessian @ svm_primal._through_hessian(x, some, cost, right), right)
+    best = svm_primal._through_gram(x[some], signs[some], cost)  # there the gradient is zero
+    torch.testing.assert_close(best, 2 * cost * (signs[some] - rows @ best) @ rows)
+
+
 def test_the_primal_takes_what_is_less_work(monkeypatch):
     """Many rows and a small C: a few steps with the whole rows; a large C: a factor of the few rows in the support."""
     x, y = features_like_resnets(12, 100, 400)
@@ -222,10 +235,11 @@ def test_the_primal_leaves_float64_the_rest(monkeypatch):
     assert steps[torch.float64] < 0.05 * steps[torch.float32]
 
 
-def test_a_large_c_is_reached_from_any_start():
+@pytest.mark.parametrize("shape", [(10, 300, 64), (4, 500, 200)])
+def test_a_large_c_is_reached_from_any_start(shape):
     """As from nothing, with every row in the support, or from the optimum of some of the rows."""
-    x, y = features_like_resnets(10, 300, 64)
-    rows, signs = torch.from_numpy(x), torch.from_numpy(np.where(y == np.arange(10)[:, None], 1.0, -1.0))
+    x, y = features_like_resnets(*shape)
+    rows, signs = torch.from_numpy(x), torch.from_numpy(np.where(y == np.arange(shape[0])[:, None], 1.0, -1.0))
     along = svm_primal.solve_path(rows, signs, COSTS)[-1]
     some = svm_primal.solve_path(rows[::2], signs[:, ::2], COSTS)[-1]
     for start in (None, some.weights):
