@@ -18,6 +18,8 @@ OVERLAYS = {
     "resnet18": (),
     "lite0": ("lite0",),
     "lite0-balance": ("lite0", "balance"),
+    "lite0-traditional": ("lite0", "traditional"),
+    "lite0-again": ("lite0", "three", "again", "lite0-again"),
     "views": ("views",),
     "three": ("three",),
     "five": ("five",),

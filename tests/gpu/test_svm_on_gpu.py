@@ -10,7 +10,7 @@ import torch
 from device import DEVICE
 from fastcon.kernels import svm, svm_primal
 
-from fastcon.bench.probe import _objective, features_like_resnets
+from fastcon.bench.probe import features_like_resnets, objective
 from fastcon.transfer.few_shot import C_GRID, few_shot
 from fastcon.transfer.solvers import LinearSVM, cuml_model
 
@@ -49,7 +49,7 @@ def test_cuml_is_above_the_certified_optimum_by_a_little():
     for cost in (0.001, 1.0, 1000.0):
         for label in range(2):
             own = np.where(y == label, 1, -1)
-            best = _objective(LinearSVM(cost).fit(x, own), x, own, cost)
-            excess = _objective(cuml_model(cost).fit(x, own), x, own, cost) / best - 1
+            best = objective(LinearSVM(cost).fit(x, own), x, own, cost)
+            excess = objective(cuml_model(cost).fit(x, own), x, own, cost) / best - 1
             print(f"C = {cost:g}: {excess:.1e} above the optimum")
             assert -1e-4 < excess < 0.1
