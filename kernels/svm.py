@@ -23,12 +23,14 @@ from torch import Tensor
 
 GAP = 1e-4
 """Relative duality gap that a solution must reach."""
+GAP_AIM = 2e-6
+"""Where the solvers stop: predictions are those of 1e-9 then but for one in thousands."""
+ROUNDING = 1e-5
+"""Relative, of an objective in float32."""
 BLOCK = {"cpu": 1 << 16, "cuda": 1 << 26}
 """Entries of the systems solved at once: more fall out of a CPU's cache."""
-_GAP_AIM = 2e-6  # where the solver stops: predictions are those of 1e-9 then but for one in thousands
 _STEPS = 100
 _ROUGH_STEPS = 12
-_ROUNDING = 1e-5  # relative, of an objective in float32
 _LARGE = 0.15  # a support of this share of the rows is solved by conjugate gradients
 _STAYING = 0.4  # share of the support that has to stay where a solution only grows
 _SETTLED, _SCALE_STEPS = 1.05, 3
@@ -213,7 +215,7 @@ def _approached(block: _Block, cost: float, start: _Start) -> tuple[_Point, Tens
 def _finished(gram: Gram, blocks: list[_Block], begun: list[tuple[_Point, Tensor]], cost: float) -> list[_Point]:
     """What is not near enough yet goes on in float64, what is left of all blocks together. Raises NotConverged."""
     n = len(gram.matrix)
-    left = [(~(point.gap <= _GAP_AIM)).nonzero()[:, 0] for point, _ in begun]  # also where it is not a number
+    left = [(~(point.gap <= GAP_AIM)).nonzero()[:, 0] for point, _ in begun]  # also where it is not a number
     if not any(len(some) for some in left):
         return [point for point, _ in begun]
 
@@ -330,7 +332,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -
     result = point = _Point.at(matrix, signs, cost, start.beta, start.scores)
     support, problems = start.support, torch.arange(len(signs), device=signs.device)
     for number in range(steps):
-        more = ~(point.gap <= _GAP_AIM)  # also where it is not a number
+        more = ~(point.gap <= GAP_AIM)  # also where it is not a number
         if not bool(more.all()):  # finished problems leave
             result = result.with_some(problems, point)
             still = more.nonzero()[:, 0]
@@ -349,7 +351,7 @@ def _newton(gram: Gram, signs: Tensor, cost: float, start: _Start, steps: int) -
             goal = target @ matrix
         before = point
         point = _line_search(matrix, signs, cost, point, target, goal)
-        nearer = (point.gap < before.gap / 2) | (point.primal < before.primal * (1 - _ROUNDING))
+        nearer = (point.gap < before.gap / 2) | (point.primal < before.primal * (1 - ROUNDING))
         if single and number and not bool(nearer.any()):
             break  # float32 goes no further; the first step's support was a guess
         support = point.slack > 0

@@ -32,9 +32,9 @@ def test_parity_with_scikit_learn(images):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("gram_rows", [8192, 0], ids=["over the Gram matrix", "in the primal"])
-def test_a_gpu_finds_the_same_optimum(monkeypatch, gram_rows):
-    monkeypatch.setattr(solvers, "GRAM_ROWS", gram_rows)
+@pytest.mark.parametrize("gram_ratio", [100, 0], ids=["over the Gram matrix", "in the primal"])
+def test_a_gpu_finds_the_same_optimum(monkeypatch, gram_ratio):
+    monkeypatch.setattr(solvers, "GRAM_RATIO", gram_ratio)
     x, y = clusters(images=60)
     folds = [
         solvers.Fold(np.flatnonzero(np.arange(len(y)) % 5 != k), np.flatnonzero(np.arange(len(y)) % 5 == k))
@@ -56,7 +56,7 @@ def test_folds_solved_together_are_solved_as_alone(monkeypatch):
         for k in range(5)
     ]
     costs = [1e-3, 1e-1, 10.0]
-    monkeypatch.setattr(solvers.svm, "_GAP_AIM", 1e-12)
+    monkeypatch.setattr(solvers.svm, "GAP_AIM", 1e-12)
     together = solvers.Batched(x, y, 6).held_out(folds, costs)
     monkeypatch.setitem(solvers.svm._PER_BLOCK, "cpu", 1)
     in_blocks = solvers.Batched(x, y, 6).held_out(folds, costs)
@@ -123,10 +123,13 @@ def test_many_rows_go_to_the_primal_and_agree(monkeypatch):
     x, y = clusters(images=60)
     rows, _ = clusters(images=30, seed=1)
     costs = [1e-3, 1e-1, 10.0, 1000.0]
+    monkeypatch.setattr(solvers, "GRAM_RATIO", 100)
     exact = solvers.Batched(x, y, 6)
     monkeypatch.setattr(solvers, "GRAM_ROWS", 0)
     monkeypatch.setattr(solvers.svm, "solve_path", lambda *_: pytest.fail("the Gram matrix was used"))
     primal = solvers.Batched(x, y, 6)
+    assert exact._gram is not None
+    assert primal._gram is None
     found = [primal.test(costs[:k], rows) for k in range(1, len(costs) + 1)]
     monkeypatch.undo()
     for k, ours in enumerate(found, 1):

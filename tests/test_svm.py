@@ -47,7 +47,7 @@ def test_objectives_equal_scikit_learns(shape):
 
 
 def test_the_optimality_conditions_hold_exactly(monkeypatch):
-    monkeypatch.setattr(svm, "_GAP_AIM", 1e-13)
+    monkeypatch.setattr(svm, "GAP_AIM", 1e-13)
     _, _, gram, signs = problem()
     cost = 0.3
     beta, _ = svm.solve(gram, signs, cost)
@@ -221,18 +221,54 @@ def test_the_primal_takes_what_is_less_work(monkeypatch):
 
 def test_the_primal_leaves_float64_the_rest(monkeypatch):
     """Float32 is twice as quick: where it comes no nearer to a few classes' optima, float64 takes those alone."""
-    x, y = features_like_resnets(20, 100, 256)
-    steps, real = {torch.float32: 0, torch.float64: 0}, svm_primal._step
+    x, y = features_like_resnets(30, 100, 64)
+    steps, real = {torch.float32: [], torch.float64: []}, svm_primal._step
 
-    def counting(rows, *rest):
-        steps[rows.features.dtype] += rest[0].shape[1]
-        return real(rows, *rest)
+    def counting(rows, support, *rest):
+        steps[rows.features.dtype].append(support.shape[1])
+        return real(rows, support, *rest)
 
     monkeypatch.setattr(svm_primal, "_step", counting)
-    signs = torch.from_numpy(np.where(y == np.arange(20)[:, None], 1.0, -1.0))
+    signs = torch.from_numpy(np.where(y == np.arange(30)[:, None], 1.0, -1.0))
     svm_primal.solve_path(torch.from_numpy(x), signs, COSTS[:4])
-    assert steps[torch.float32] > 200
-    assert steps[torch.float64] < 0.05 * steps[torch.float32]
+    assert sum(steps[torch.float32]) > 200
+    assert 0 < sum(steps[torch.float64]) < 0.05 * sum(steps[torch.float32])
+
+
+def test_a_factor_where_conjugate_gradients_fail(monkeypatch):
+    """Features of very different strength and a support of most rows: no number of steps would do."""
+    random = rng()
+    n, d = 600, 120
+    turn = np.linalg.qr(random.normal(size=(d, d)))[0]
+    x = random.normal(size=(n, d)) * np.logspace(0, -4, d) @ turn
+    x *= 25 / np.linalg.norm(x, axis=1).mean()
+    signs = torch.from_numpy(random.choice([-1.0, 1.0], (1, n)))
+    monkeypatch.setattr(svm_primal, "_INNER_STEPS", 20)
+    calls = counted(monkeypatch, svm_primal, "_step", "_through_hessian")
+    path = svm_primal.solve_path(torch.from_numpy(x).float(), signs, [1e-3, 1.0, 1e3])
+    assert all((gap <= 2e-6).all() for _, gap in path)
+    assert calls["_through_hessian"] > 0
+    assert calls["_step"] < 60
+
+
+def test_a_class_that_cannot_step_keeps_its_weights(monkeypatch):
+    """As where a factor fails: what it had is not lost to NaN, and the others go on."""
+    x, _, _, signs = problem(3, 40, 8)
+    real, counts = svm_primal._step, []
+
+    def failing(rows, support, *rest):
+        step = real(rows, support, *rest)
+        counts.append(len(step))
+        if len(counts) == 1:
+            step[0] = torch.nan
+        return step
+
+    monkeypatch.setattr(svm_primal, "_step", failing)
+    weights, gap = svm_primal._newton(svm_primal._Rows(torch.from_numpy(x)), signs.T, 0.1, torch.zeros(3, 9).double())
+    assert (weights[0] == 0).all()
+    assert gap[0] > svm.GAP
+    assert (gap[1:] <= 2e-6).all()
+    assert counts[:2] == [3, 2]
 
 
 @pytest.mark.parametrize("shape", [(10, 300, 64), (4, 500, 200)])

@@ -15,6 +15,7 @@ import torch
 from fastcon.bench import Row, Say, compared, interleave
 from fastcon.bench.fixtures import image_files, store_of
 from fastcon.data.manifest import index
+from fastcon.errors import FastconError
 from fastcon.machine import Machine
 from fastcon.store.format import Recipe
 
@@ -22,7 +23,8 @@ SIZE, BATCH, CLASSES = 64, 32, 1000
 TEACHER_ALONE = ["--method", "traditional"]
 PLAIN_INFO = "import numpy"
 PLAIN_TRAIN = f"""
-import torch, torchvision
+import sys, torch, torchvision
+torch.set_default_device(sys.argv[1])
 student = torchvision.models.resnet18(num_classes={CLASSES})
 optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9)
 logits = student(torch.rand({BATCH}, 3, {SIZE}, {SIZE}))
@@ -49,7 +51,7 @@ def bench(say: Say, device: torch.device, rounds: int = 5) -> list[Row]:
             ("start_info", "info STORE", itertools.repeat(["-m", "fastcon", "info", str(store)]), PLAIN_INFO),
             ("start_train", f"one step of {BATCH} images and the end of the run", trains, PLAIN_TRAIN),
         ):
-            plain = itertools.repeat(["-c", theirs])
+            plain = itertools.repeat(["-c", theirs, str(device)])
             seconds = interleave({"ours": _timed(ours, folder), "theirs": _timed(plain, folder)}, rounds)
             rows.append(compared(name, seconds["ours"], seconds["theirs"], "s", device.type, case=case))
             say(f"{name}, {case}: {rows[-1]['ours']:.2f} s, plain {rows[-1]['theirs']:.2f} s")
@@ -61,13 +63,17 @@ def _train(store: Path, run: Path, device: torch.device) -> list[str]:
     return ["-m", "fastcon", "train", *where, "--student", f"torchvision:resnet18@random?size={SIZE}", *TEACHER_ALONE]
 
 
-def _timed(arguments: Iterator[list[str]], folder: Path) -> Callable[[], float]:
+def _timed(all_arguments: Iterator[list[str]], folder: Path) -> Callable[[], float]:
     """Seconds of a process of Python, with the next of these arguments."""
 
     def run() -> float:
-        command = [sys.executable, *next(arguments)]
+        arguments = next(all_arguments)
+        command = [sys.executable, *arguments]
         started = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        return time.perf_counter() - started
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise FastconError(f"{' '.join(arguments)} failed: {done.stderr.strip()}")
+        return seconds
 
     return run

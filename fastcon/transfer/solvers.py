@@ -25,8 +25,10 @@ from fastcon.kernels import svm, svm_primal
 
 TOGETHER = 1 << 24
 """Coefficients, and entries of Gram matrices, of the folds that are solved together: those of one C take 0.1 GB then."""
-GRAM_ROWS, GRAM_RATIO = 8192, 4
-"""Up to so many rows (0.8 GB then), and as many times the features, the Gram matrix is quicker than the primal."""
+GRAM_ROWS = 8192
+"""Up to so many rows (0.8 GB then) the Gram matrix is used for fewer features than rows, too …"""
+GRAM_RATIO = 4
+"""… and up to so many times the features: to there it is quicker than the primal."""
 
 Scores = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -53,7 +55,7 @@ class Solver(Protocol):
 
 
 def gram_of_draws(features: NDArray, rows: int, draws: int, device: torch.device) -> svm.Gram | None:
-    """The Gram matrix of all features [n, D], if that is less work than one for each draw of some rows; else None."""
+    """The Gram matrix of all features [n, D], if draws of some rows use one and one for each is more work; else None."""
     n = len(features)
     if draws < 2 or n > GRAM_ROWS or n**2 > draws * rows**2 or not _over_gram(rows, features.shape[1]):
         return None
@@ -61,6 +63,7 @@ def gram_of_draws(features: NDArray, rows: int, draws: int, device: torch.device
 
 
 def _over_gram(rows: int, features: int) -> bool:
+    """Whether problems of so many rows are solved over their Gram matrix."""
     return rows <= max(features, min(GRAM_ROWS, GRAM_RATIO * features))
 
 
@@ -70,7 +73,8 @@ def _gram(rows: torch.Tensor) -> svm.Gram:
 
 
 class Batched:
-    """The certified solver: over the Gram matrix, or in the primal where rows are many times the features."""
+    """The certified solver: over the Gram matrix, or in the primal, and from float32 features, where rows are more than
+    four times the features, or more than 8,192 and the features."""
 
     def __init__(
         self,
@@ -257,9 +261,9 @@ class LinearSVM(ClassifierMixin, BaseEstimator):
         if not self.C > 0:
             raise ValueError(f"C must be above 0, got {self.C!r}")
         signs = _signs(labels, len(self.classes_))
-        weights, gap = _weights(
-            X, signs[1:] if len(signs) == 2 else signs, float(self.C)
-        )  # of two, each mirrors the other
+        if len(signs) == 2:  # the two mirror each other
+            signs = signs[1:]
+        weights, gap = _weights(X, signs, float(self.C))
         self.coef_, self.intercept_, self.duality_gap_ = weights[:, :-1], weights[:, -1], gap
         return self
 
